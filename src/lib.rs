@@ -1,1 +1,2 @@
 //! Placeholder of the workspace skeleton.
+pub mod lease;
