@@ -1,0 +1,227 @@
+//! Admission: which leases become peers, and why the others do not.
+//!
+//! A lease is believed only where its statement carries a tag made with a PSK that this node holds, its fields say what
+//! the statement says, and no other verified lease claims the same subnet, public address or public key. One that
+//! fails is left out and named; it disturbs nobody else. A verified statement outlives a bad lease that takes its place
+//! in the store: who can write to the store can cut a new node off, not replace what is known of an old one.
+
+use std::collections::{BTreeMap, BTreeSet};
+use std::fmt;
+use std::net::IpAddr;
+use std::sync::Arc;
+
+use base64::Engine as _;
+use base64::engine::general_purpose::STANDARD as BASE64;
+use ipnet::IpNet;
+use keys::{Encoded, Kid, Psk, PublicKey, Slot, Statement, Tag};
+use serde::{Deserialize, Serialize};
+
+use crate::lease::{Lease, Network, NoSlot, NodeName};
+
+/// What an ipsec lease carries in its `BackendData`.
+#[derive(Debug, Deserialize, Serialize)]
+#[serde(rename_all = "PascalCase")]
+struct Published {
+    /// The canonical bytes of the statement, base64.
+    statement: String,
+    /// One tag for each kid of the statement, in its order, base64.
+    tags: Vec<String>,
+}
+
+/// The `BackendData` of a lease that says `statement`, tagged with each of `psks`, which are those of its kids.
+pub fn publish(statement: &Encoded, psks: &[Arc<Psk>]) -> serde_json::Value {
+    let tags = psks.iter().map(|psk| BASE64.encode(psk.tag(statement.as_bytes()).as_bytes())).collect();
+    let published = Published { statement: BASE64.encode(statement.as_bytes()), tags };
+    serde_json::to_value(published).expect("strings become JSON")
+}
+
+/// A verified statement.
+#[derive(Clone, Debug)]
+pub struct Admitted {
+    /// What the node says.
+    pub statement: Statement,
+    /// Its canonical bytes, which key derivation binds.
+    pub encoded: Encoded,
+    /// The slot of its subnets.
+    pub slot: Slot,
+}
+
+/// Why a lease does not make its node a peer.
+#[derive(Clone, Debug, Eq, PartialEq, thiserror::Error)]
+pub enum Refusal {
+    /// Another backend.
+    #[error("backend type is {0:?}; this mesh is \"ipsec\"")]
+    Backend(String),
+    /// Not a statement and its tags.
+    #[error("BackendData is no statement: {0}")]
+    Garbage(String),
+    /// Not one PSK in common.
+    #[error("no common PSK: it has {theirs}, this node has {ours}; give both nodes the same key")]
+    NoCommonPsk {
+        /// The kids that it names.
+        theirs: String,
+        /// The kids that we hold.
+        ours: String,
+    },
+    /// The tag is wrong.
+    #[error("the tag of PSK {0} does not verify: the lease was changed by someone without the key")]
+    WrongTag(Kid),
+    /// The lease and the statement differ.
+    #[error("the lease says {field} {lease}, its statement says {statement}: the lease was changed")]
+    Contradiction {
+        /// Which field.
+        field: &'static str,
+        /// What the lease says.
+        lease: String,
+        /// What the statement says.
+        statement: String,
+    },
+    /// Another mesh.
+    #[error("it is of Network {theirs}, this node of {ours}: make net-conf.json the same")]
+    Network {
+        /// Its ranges.
+        theirs: String,
+        /// Ours.
+        ours: String,
+    },
+    /// No slot.
+    #[error(transparent)]
+    Slot(#[from] NoSlot),
+    /// Claimed twice.
+    #[error("{claim} is also claimed by {}: remove one of the leases", names(.others))]
+    Conflict {
+        /// What both claim.
+        claim: Claim,
+        /// Who else claims it.
+        others: BTreeSet<NodeName>,
+    },
+    /// An older epoch than one that was seen.
+    #[error(transparent)]
+    Rollback(#[from] crate::epochs::Rollback),
+    /// No address family in common.
+    #[error("no common address family: it is at {theirs}, this node at {ours}")]
+    NoCommonFamily {
+        /// Its public addresses.
+        theirs: String,
+        /// Ours.
+        ours: String,
+    },
+}
+
+fn names(nodes: &BTreeSet<NodeName>) -> String {
+    nodes.iter().map(NodeName::as_str).collect::<Vec<_>>().join(", ")
+}
+
+/// Checks one lease by itself.
+pub fn verify(lease: &Lease, network: &Network, psks: &[Arc<Psk>]) -> Result<Admitted, Refusal> {
+    if lease.backend != "ipsec" {
+        return Err(Refusal::Backend(lease.backend.chars().take(32).collect()));
+    }
+    let garbage = |why: &dyn fmt::Display| Refusal::Garbage(why.to_string());
+    let published = Published::deserialize(&lease.data).map_err(|e| garbage(&e))?;
+    let bytes = BASE64.decode(&published.statement).map_err(|e| garbage(&e))?;
+    let statement = Statement::decode(&bytes).map_err(|e| garbage(&e))?;
+    let encoded = statement.encode();
+    let held = |kid: &Kid| psks.iter().find(|psk| psk.kid() == *kid);
+    let Some((at, psk)) = statement.kids.iter().enumerate().find_map(|(i, kid)| Some((i, held(kid)?))) else {
+        let list = |kids: &mut dyn Iterator<Item = Kid>| kids.map(|k| k.to_string()).collect::<Vec<_>>().join(" ");
+        let theirs = list(&mut statement.kids.iter().copied());
+        return Err(Refusal::NoCommonPsk { theirs, ours: list(&mut psks.iter().map(|psk| psk.kid())) });
+    };
+    let tag = published.tags.get(at).ok_or_else(|| garbage(&"a tag for each kid is needed"))?;
+    let tag = BASE64.decode(tag).ok().and_then(|tag| <[u8; 32]>::try_from(tag).ok()).map(Tag::from);
+    let tag = tag.ok_or_else(|| garbage(&"a tag is 32 bytes in base64"))?;
+    if !psk.verify(&bytes, &tag) {
+        return Err(Refusal::WrongTag(psk.kid()));
+    }
+    let contradiction = |field, lease: String, statement: String| {
+        if lease == statement { Ok(()) } else { Err(Refusal::Contradiction { field, lease, statement }) }
+    };
+    contradiction("node", lease.node.to_string(), statement.node.clone())?;
+    contradiction("subnets", lease.subnets.to_string(), spaced(&statement.subnets))?;
+    contradiction("public addresses", lease.public.to_string(), spaced(&statement.addresses))?;
+    let ours: Vec<IpNet> = network.nets().collect();
+    if statement.network != ours {
+        return Err(Refusal::Network { theirs: spaced(&statement.network), ours: network.to_string() });
+    }
+    let slot = network.slot(&lease.subnets)?;
+    Ok(Admitted { statement, encoded, slot })
+}
+
+fn spaced<T: fmt::Display>(items: &[T]) -> String {
+    items.iter().map(T::to_string).collect::<Vec<_>>().join(" ")
+}
+
+/// Something that one node alone may have.
+#[derive(Clone, Copy, Debug, Eq, Ord, PartialEq, PartialOrd)]
+pub enum Claim {
+    /// A slot, and so its subnets.
+    Subnet(Slot, IpNet),
+    /// A public address.
+    Address(IpAddr),
+    /// An X25519 public key.
+    Key(PublicKey),
+}
+
+impl fmt::Display for Claim {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Self::Subnet(_, net) => write!(f, "subnet {net}"),
+            Self::Address(address) => write!(f, "public address {address}"),
+            Self::Key(_) => f.write_str("its public key"),
+        }
+    }
+}
+
+/// Who claims what. One node's change costs as much as the claims it shares.
+#[derive(Debug, Default)]
+pub struct Claims {
+    by_node: BTreeMap<NodeName, BTreeSet<Claim>>,
+    by_claim: BTreeMap<Claim, BTreeSet<NodeName>>,
+}
+
+impl Claims {
+    /// Sets what `node` claims (nothing, where it left) and returns the nodes whose conflicts may have changed.
+    pub fn set(&mut self, node: &NodeName, statement: Option<(&Statement, Slot)>) -> BTreeSet<NodeName> {
+        let mut claims = BTreeSet::new();
+        if let Some((statement, slot)) = statement {
+            claims.extend(statement.subnets.iter().map(|net| Claim::Subnet(slot, *net)));
+            claims.extend(statement.addresses.iter().map(|address| Claim::Address(*address)));
+            claims.insert(Claim::Key(statement.public));
+        }
+        let before = self.by_node.remove(node).unwrap_or_default();
+        let mut touched = BTreeSet::new();
+        for gone in before.difference(&claims) {
+            if let Some(nodes) = self.by_claim.get_mut(gone) {
+                nodes.remove(node);
+                touched.extend(nodes.iter().cloned());
+                if nodes.is_empty() {
+                    self.by_claim.remove(gone);
+                }
+            }
+        }
+        for claim in &claims {
+            let nodes = self.by_claim.entry(*claim).or_default();
+            if nodes.insert(node.clone()) {
+                touched.extend(nodes.iter().cloned());
+            }
+        }
+        if !claims.is_empty() {
+            self.by_node.insert(node.clone(), claims);
+        }
+        touched.remove(node);
+        touched
+    }
+
+    /// The first conflict that `node` is part of.
+    pub fn conflict(&self, node: &NodeName) -> Option<Refusal> {
+        let claims = self.by_node.get(node)?;
+        let shared = claims.iter().find_map(|claim| {
+            let nodes = self.by_claim.get(claim)?;
+            (nodes.len() > 1).then(|| (*claim, nodes))
+        });
+        let (claim, nodes) = shared?;
+        let others = nodes.iter().filter(|other| *other != node).cloned().collect();
+        Some(Refusal::Conflict { claim, others })
+    }
+}

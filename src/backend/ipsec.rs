@@ -1,0 +1,285 @@
+//! The ipsec datapath: guard, mesh device, and for each peer its SAs, policies and routes.
+//!
+//! Plaintext has no way out: a peer's subnet is routed to a device that swallows, and only a policy turns the packet
+//! into ESP before it gets there; block policies and an unreachable route stand behind. On the way in, `in` and `fwd`
+//! policies accept a peer's subnet from SAs with that peer's reqid alone, and the guard drops the rest of the Network.
+
+use std::collections::BTreeSet;
+use std::net::{IpAddr, Ipv4Addr, Ipv6Addr};
+
+use ipnet::{IpNet, Ipv4Net, Ipv6Net};
+use keys::{Cipher, Slot, Spi};
+use xfrm::{Action, Aead, Direction, Encap, Limits, Policy, PolicyId, Sa, SaId, Selector, Template};
+
+use crate::epochs::Generation;
+use crate::kernel::firewall::Firewall;
+use crate::kernel::{Guard, Key, Object, Objects, priority, reqid};
+use crate::lease::{Network, Subnets};
+use crate::probe;
+
+/// The device that holds the subnet's base address and swallows what no policy takes.
+pub const LINK: &str = "ringmail0";
+
+/// Packets that a receiving SA remembers against replay; the largest reordering it forgives.
+pub const REPLAY_WINDOW: u32 = 1024;
+
+/// Packets after which a new epoch is asked for: AES-GCM's margin with a random salt is far above.
+pub const SOFT_PACKETS: u64 = 1 << 33;
+/// Packets after which the kernel drops the SA.
+pub const HARD_PACKETS: u64 = 1 << 34;
+
+/// What the node's own objects follow from.
+#[derive(Clone, Debug)]
+pub struct NodeFacts {
+    /// The mesh's ranges.
+    pub network: Network,
+    /// The own subnets, once there is a lease.
+    pub own: Option<Subnets>,
+    /// The uplink's name and index, once there is one.
+    pub uplink: Option<(String, u32)>,
+    /// The mesh MTU, bytes.
+    pub mtu: u32,
+    /// Whether pods' traffic to the outside takes the node's address.
+    pub masquerade: bool,
+    /// Whether masquerading picks random ports.
+    pub random_fully: bool,
+}
+
+/// What the node needs, whoever its peers are.
+pub fn node(facts: &NodeFacts) -> Objects {
+    let mut objects = Objects::new();
+    if facts.network.v4.is_some() {
+        objects.insert(Key::Sysctl("net/ipv4/ip_forward".into()), Object::Sysctl("1".into()));
+    }
+    if facts.network.v6.is_some() {
+        objects.insert(Key::Sysctl("net/ipv6/conf/all/forwarding".into()), Object::Sysctl("1".into()));
+    }
+    for net in facts.network.nets() {
+        objects.insert(Key::GuardRoute(net), Object::Unreachable);
+        // Local policies come first: a block alone would cut pods off from their own node.
+        if let Some(own) = facts.own.and_then(|own| own.iter().find(|subnet| net.contains(subnet))) {
+            if let Some((_, uplink)) = &facts.uplink {
+                for direction in [Direction::In, Direction::Fwd] {
+                    guard(&mut objects, Guard::Spoof, direction, own, any(net), *uplink);
+                }
+            }
+            guard(&mut objects, Guard::Local, Direction::In, own, any(net), 0);
+            guard(&mut objects, Guard::Local, Direction::Fwd, own, any(net), 0);
+            guard(&mut objects, Guard::Local, Direction::Out, any(net), own, 0);
+        }
+        guard(&mut objects, Guard::Block, Direction::In, net, any(net), 0);
+        guard(&mut objects, Guard::Block, Direction::Fwd, net, any(net), 0);
+        guard(&mut objects, Guard::Block, Direction::Out, any(net), net, 0);
+    }
+    if let Some((uplink, _)) = &facts.uplink {
+        let own = facts.own.unwrap_or_default();
+        let firewall = Firewall {
+            networks: facts.network.nets().collect(),
+            own,
+            bases: own.bases(),
+            uplink: uplink.clone(),
+            masquerade: facts.masquerade,
+            random_fully: facts.random_fully,
+        };
+        objects.insert(Key::Firewall, Object::Firewall(Box::new(firewall)));
+    }
+    if let Some(own) = facts.own {
+        objects.insert(Key::Link(LINK.into()), Object::Link { mtu: facts.mtu });
+        for base in own.bases().iter() {
+            objects.insert(Key::Address(LINK.into(), base), Object::Address);
+        }
+    }
+    objects
+}
+
+fn guard(objects: &mut Objects, which: Guard, direction: Direction, src: IpNet, dst: IpNet, ifindex: u32) {
+    let id = PolicyId { direction, selector: Selector { src, dst, protocol: 0, sport: None, dport: None, ifindex } };
+    let action = match which {
+        Guard::Local => Action::Allow,
+        Guard::Spoof | Guard::Block => Action::Block,
+    };
+    let policy = Policy { id: id.clone(), priority: which.priority(), action, template: None };
+    objects.insert(Key::Guard(which, id), Object::Policy(Box::new(policy)));
+}
+
+/// The range that holds every address of `like`'s family.
+fn any(like: IpNet) -> IpNet {
+    match like {
+        IpNet::V4(_) => Ipv4Net::new_assert(Ipv4Addr::UNSPECIFIED, 0).into(),
+        IpNet::V6(_) => Ipv6Net::new_assert(Ipv6Addr::UNSPECIFIED, 0).into(),
+    }
+}
+
+/// The two outer ends of one generation and how its packets travel.
+#[derive(Clone, Copy, Debug, Eq, PartialEq)]
+pub struct Path {
+    /// Our address on the uplink.
+    pub local: IpAddr,
+    /// The peer's public address.
+    pub remote: IpAddr,
+    /// UDP ports, ours and the peer's, where ESP travels in UDP.
+    pub udp: Option<(u16, u16)>,
+}
+
+/// One SA as it should be.
+#[derive(Clone, Copy, Debug, Eq, PartialEq)]
+pub struct Association {
+    /// The generation that it belongs to.
+    pub generation: Generation,
+    /// Which way.
+    pub direction: Direction,
+    /// The cipher that the sender chose.
+    pub cipher: Cipher,
+    /// Between which ends.
+    pub path: Path,
+}
+
+/// What a policy names as its SA's: outer source, outer destination, SPI.
+#[derive(Clone, Copy, Debug, Eq, PartialEq)]
+pub struct Through {
+    /// Outer source.
+    pub src: IpAddr,
+    /// Outer destination.
+    pub dst: IpAddr,
+    /// The SPI.
+    pub spi: u32,
+}
+
+/// What one peer's objects follow from.
+#[derive(Clone, Debug)]
+pub struct PeerFacts {
+    /// The own slot.
+    pub own_slot: Slot,
+    /// The own subnets.
+    pub own: Subnets,
+    /// The peer's slot.
+    pub slot: Slot,
+    /// The peer's subnets.
+    pub subnets: Subnets,
+    /// The SAs of this process.
+    pub associations: Vec<Association>,
+    /// SAs that an earlier process left and that stay.
+    pub inherited: Vec<Sa>,
+    /// Where data goes; `None` while the guard holds it.
+    pub data: Option<Through>,
+    /// Where probes go.
+    pub probe: Option<Through>,
+    /// The newest path, for the policies' templates.
+    pub path: Path,
+    /// The route's MTU where this peer's path takes less than the mesh MTU.
+    pub mtu: Option<u32>,
+    /// Whether the kernel keeps a direction on an SA (6.10 and later).
+    pub directed: bool,
+}
+
+/// What one peer needs.
+pub fn peer(facts: &PeerFacts) -> Objects {
+    let mut objects = Objects::new();
+    for association in &facts.associations {
+        let sa = sa(association, facts);
+        let id = SaId { dst: sa.dst, spi: sa.spi };
+        objects.insert(Key::Sa(id), Object::Sa { sa: Box::new(sa), born: Some(association.generation) });
+    }
+    for sa in &facts.inherited {
+        let id = SaId { dst: sa.dst, spi: sa.spi };
+        objects.entry(Key::Sa(id)).or_insert_with(|| Object::Sa { sa: Box::new(sa.clone()), born: None });
+    }
+    let reqid = reqid(facts.slot);
+    let from = incoming(facts);
+    for subnet in facts.subnets.iter() {
+        let any = any(subnet);
+        for direction in [Direction::In, Direction::Fwd] {
+            let template = Template { src: from.0, dst: from.1, spi: 0, reqid };
+            policy(&mut objects, direction, (subnet, any), None, priority::PEER, template);
+        }
+        if let Some(through) = facts.data {
+            let template = Template { src: through.src, dst: through.dst, spi: through.spi, reqid };
+            policy(&mut objects, Direction::Out, (any, subnet), None, priority::PEER, template);
+        }
+    }
+    // One family is enough for probes: the first that both have.
+    let bases = facts.own.bases().iter().find_map(|own| Some((own, facts.subnets.bases().of_family(own)?)));
+    if let (Some(through), Some((own, remote))) = (facts.probe, bases) {
+        let template = Template { src: through.src, dst: through.dst, spi: through.spi, reqid };
+        let ends = (IpNet::from(own), IpNet::from(remote));
+        policy(&mut objects, Direction::Out, ends, Some(probe::PORT), priority::PROBE, template);
+    }
+    for subnet in facts.subnets.iter() {
+        if let Some(source) = facts.own.bases().of_family(subnet.addr()) {
+            let route = Object::Route { link: LINK.into(), source, mtu: facts.mtu };
+            objects.insert(Key::Route(subnet), route);
+        }
+    }
+    objects
+}
+
+fn policy(
+    objects: &mut Objects,
+    direction: Direction,
+    (src, dst): (IpNet, IpNet),
+    udp: Option<u16>,
+    priority: u32,
+    template: Template,
+) {
+    let protocol = udp.map_or(0, |_| UDP);
+    let selector = Selector { src, dst, protocol, sport: udp, dport: udp, ifindex: 0 };
+    let id = PolicyId { direction, selector };
+    let policy = Policy { id: id.clone(), priority, action: Action::Allow, template: Some(template) };
+    objects.insert(Key::Policy(id), Object::Policy(Box::new(policy)));
+}
+
+/// IPPROTO_UDP.
+const UDP: u8 = 17;
+
+/// The outer source and destination of the `in` and `fwd` templates: the peer's address where all its SAs agree on
+/// one, else any. It is the reqid that ties the peer's SAs to its subnet, so nothing is opened, and while a node
+/// changes its address the SAs of both addresses are accepted.
+fn incoming(facts: &PeerFacts) -> (IpAddr, IpAddr) {
+    let made = facts.associations.iter().filter(|a| a.direction == Direction::In);
+    let mut ends: BTreeSet<(IpAddr, IpAddr)> = made.map(|a| (a.path.remote, a.path.local)).collect();
+    let left = facts.inherited.iter().filter(|sa| Spi(sa.spi).parts().is_ok_and(|p| p.slot == facts.slot));
+    ends.extend(left.map(|sa| (sa.src, sa.dst)));
+    ends.insert((facts.path.remote, facts.path.local));
+    match ends.pop_first() {
+        Some(only) if ends.is_empty() => only,
+        _ => match facts.path.remote {
+            IpAddr::V4(_) => (Ipv4Addr::UNSPECIFIED.into(), Ipv4Addr::UNSPECIFIED.into()),
+            IpAddr::V6(_) => (Ipv6Addr::UNSPECIFIED.into(), Ipv6Addr::UNSPECIFIED.into()),
+        },
+    }
+}
+
+/// The SPI of a generation sent by the node at `sender`.
+pub fn spi(sender: Slot, generation: Generation) -> Spi {
+    Spi::new(sender, generation.sender, generation.receiver)
+}
+
+fn sa(association: &Association, facts: &PeerFacts) -> Sa {
+    let Association { generation, direction, cipher, path } = *association;
+    let inward = direction == Direction::In;
+    let (src, dst) = if inward { (path.remote, path.local) } else { (path.local, path.remote) };
+    let sender = if inward { facts.slot } else { facts.own_slot };
+    let encap = path.udp.map(|(ours, theirs)| match inward {
+        true => Encap { sport: theirs, dport: ours },
+        false => Encap { sport: ours, dport: theirs },
+    });
+    let directed = facts.directed.then_some(direction);
+    Sa {
+        src,
+        dst,
+        spi: spi(sender, generation).0,
+        reqid: reqid(facts.slot),
+        algorithm: Aead {
+            name: cipher.kernel_name().into(),
+            key_bits: u32::try_from((cipher.key_len() + Cipher::SALT_LEN) * 8).expect("a key is short"),
+            icv_bits: cipher.icv_bits(),
+        },
+        encap,
+        // A directed sending SA has no window; the kernel refuses one.
+        replay_window: if directed == Some(Direction::Out) { 0 } else { REPLAY_WINDOW },
+        esn: true,
+        direction: directed,
+        limits: Limits { soft_packets: SOFT_PACKETS, hard_packets: HARD_PACKETS, ..Limits::NONE },
+        af_unspec: true,
+    }
+}

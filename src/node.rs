@@ -1,0 +1,545 @@
+//! The node's decisions: inputs go in as events, desired kernel state comes out as values. No I/O, no clock.
+//!
+//! [`Node`] holds what this process knows of itself and of every peer: own epochs with their secrets, the peers'
+//! verified statements, one [`Pair`] a peer, and the keys derived for it. Events mark scopes dirty; [`Node::desired`]
+//! says what the kernel should hold for a scope; [`Node::key`] hands out the key of an SA that is about to be made,
+//! a sending one once and never again.
+
+use std::collections::{BTreeMap, BTreeSet};
+use std::net::IpAddr;
+use std::sync::Arc;
+use std::time::Duration;
+
+use keys::{Cipher, Encap, EncapMode, Encoded, Epoch, EpochSecret, Inbound, Kid, Outbound, ProbeKey, Psk, PublicKey, SaKey, Slot, Statement};
+use xfrm::{Direction, Sa, SaId};
+
+use crate::admission::{self, Admitted, Claims, Refusal};
+use crate::backend::ipsec::{self, Association, NodeFacts, Path, PeerFacts, Through};
+use crate::epochs::{Data, Generation, Inherited, Pair};
+use crate::kernel::mtu::inner_mtu;
+use crate::kernel::{Key, Object, Objects, Scope, reqid_slot};
+use crate::lease::{Lease, Network, NodeName, Subnets};
+use crate::probe::{self, Probe, Schedule};
+use crate::uplink::Uplink;
+
+mod keyring;
+mod plan;
+mod probes;
+pub mod report;
+
+/// What the configuration fixes for the node's decisions.
+#[derive(Clone, Debug, PartialEq)]
+pub struct Settings {
+    /// This node's name.
+    pub name: NodeName,
+    /// The mesh's ranges.
+    pub network: Network,
+    /// The cipher that this node sends with.
+    pub cipher: Cipher,
+    /// Whether ESP travels in UDP, and this node's port for it.
+    pub encap: Encap,
+    /// An epoch's life at most.
+    pub rekey_after: Duration,
+    /// The mesh MTU where it is not computed, bytes.
+    pub mtu: Option<u32>,
+    /// Whether pods' traffic to the outside takes the node's address.
+    pub masquerade: bool,
+    /// Whether masquerading picks random ports.
+    pub random_fully: bool,
+    /// Whether the kernel keeps a direction on an SA.
+    pub directed: bool,
+}
+
+/// Why a new epoch is wanted.
+#[derive(Clone, Copy, Debug, Eq, PartialEq)]
+pub enum Cause {
+    /// The process starts.
+    Start,
+    /// `ringmail rotate`.
+    Asked,
+    /// Address, subnet, PSK set, cipher or encapsulation changed.
+    Changed,
+    /// An SA is gone, and its key may not be used again.
+    Lost,
+    /// A peer came back whose sending key is spent.
+    Returned,
+    /// `RekeyAfter`, or a limit of packets or bytes.
+    Aged,
+}
+
+/// At least this long lies between two epochs, by cause.
+fn patience(cause: Cause) -> Duration {
+    match cause {
+        Cause::Start | Cause::Asked => Duration::ZERO,
+        Cause::Changed | Cause::Lost | Cause::Returned => Duration::from_secs(1),
+        Cause::Aged => Duration::from_secs(60),
+    }
+}
+
+/// One life of our ephemeral key.
+#[derive(Debug)]
+struct OwnEpoch {
+    secret: EpochSecret,
+    statement: Statement,
+    encoded: Encoded,
+    /// Where the kernel sends from and receives: behind a NAT not the public addresses.
+    local: crate::lease::Addresses,
+    begun: Duration,
+}
+
+#[derive(Debug)]
+struct PeerEpoch {
+    statement: Statement,
+    encoded: Encoded,
+}
+
+/// The keys of one pair of epochs.
+#[derive(Debug)]
+struct Keys {
+    outbound: Unused,
+    inbound: Inbound,
+    probe: ProbeKey,
+}
+
+/// A sending key on its way to its one use.
+#[derive(Debug)]
+enum Unused {
+    Fresh(Box<Outbound>),
+    /// Handed out, and refused by the kernel before any use.
+    Back(SaKey),
+    Spent,
+}
+
+/// A peer that is served.
+#[derive(Debug)]
+struct Peer {
+    slot: Slot,
+    subnets: Subnets,
+    epochs: BTreeMap<Epoch, PeerEpoch>,
+    pair: Pair,
+    /// By the sending generation.
+    keys: BTreeMap<Generation, Keys>,
+    leftovers: BTreeMap<SaId, Sa>,
+    schedule: Schedule,
+    /// The question that is out, and what it said of our data.
+    asked: Option<(u64, Option<Generation>, Duration)>,
+    round_trip: Option<Duration>,
+    trouble: Option<String>,
+}
+
+/// What a store holds under a node's name, and what came of it.
+#[derive(Debug)]
+struct Known {
+    lease: Arc<Lease>,
+    admitted: Option<Admitted>,
+    refusal: Option<Refusal>,
+}
+
+/// What an earlier process left for one peer.
+#[derive(Clone, Debug, Default)]
+struct Leftover {
+    sas: BTreeMap<SaId, Sa>,
+    data: Option<SaId>,
+}
+
+/// A probe to send.
+#[derive(Clone, Debug)]
+pub struct Datagram {
+    /// The peer's base address.
+    pub to: IpAddr,
+    /// The sealed probe.
+    pub bytes: [u8; probe::LEN],
+}
+
+/// Everything the node knows and decides.
+#[derive(Debug)]
+pub struct Node {
+    settings: Settings,
+    uplink: Option<Uplink>,
+    held: Option<(Subnets, Slot)>,
+    psks: Vec<Arc<Psk>>,
+    own: BTreeMap<Epoch, OwnEpoch>,
+    known: BTreeMap<NodeName, Known>,
+    claims: Claims,
+    peers: BTreeMap<NodeName, Peer>,
+    bases: BTreeMap<IpAddr, NodeName>,
+    due: BTreeSet<(Duration, NodeName)>,
+    leftovers: BTreeMap<Slot, Leftover>,
+    /// Peers' public keys towards which a sending key of our epoch was handed out.
+    spent: BTreeMap<Epoch, BTreeSet<PublicKey>>,
+    wanted: Option<Cause>,
+    ticket: u64,
+    dirty: BTreeSet<Scope>,
+}
+
+impl Node {
+    /// A node that knows nothing yet but its settings and what is `left` in the kernel by an earlier process.
+    pub fn new(settings: Settings, left: &Objects) -> Self {
+        let mut node = Self {
+            settings,
+            uplink: None,
+            held: None,
+            psks: Vec::new(),
+            own: BTreeMap::new(),
+            known: BTreeMap::new(),
+            claims: Claims::default(),
+            peers: BTreeMap::new(),
+            bases: BTreeMap::new(),
+            due: BTreeSet::new(),
+            leftovers: leftovers(left),
+            spent: BTreeMap::new(),
+            wanted: Some(Cause::Start),
+            ticket: 0,
+            dirty: BTreeSet::from([Scope::Node]),
+        };
+        node.dirty.insert(Scope::Node);
+        node
+    }
+
+    /// The settings in force.
+    pub fn settings(&self) -> &Settings {
+        &self.settings
+    }
+
+    /// Takes new settings. The Network can't change while the node lives; the caller refuses that.
+    pub fn configure(&mut self, settings: Settings) {
+        if settings != self.settings {
+            self.settings = settings;
+            self.everything_dirty();
+            self.check_statement();
+        }
+    }
+
+    /// The uplink is this now.
+    pub fn uplinked(&mut self, uplink: Uplink) {
+        if self.uplink.as_ref() != Some(&uplink) {
+            self.uplink = Some(uplink);
+            self.everything_dirty();
+            self.check_statement();
+        }
+    }
+
+    /// The PSKs are these now, newest first.
+    pub fn keyed(&mut self, psks: Vec<Arc<Psk>>) {
+        let kids = |psks: &[Arc<Psk>]| psks.iter().map(|psk| psk.kid()).collect::<Vec<_>>();
+        if kids(&psks) == kids(&self.psks) {
+            return;
+        }
+        self.psks = psks;
+        self.check_statement();
+        let all: Vec<Arc<Lease>> = self.known.values().map(|known| known.lease.clone()).collect();
+        for lease in all {
+            self.leased(&lease.node.clone(), Some(&lease), Duration::ZERO);
+        }
+    }
+
+    /// This node holds `subnets`.
+    pub fn holds(&mut self, subnets: Subnets, slot: Slot) {
+        if self.held != Some((subnets, slot)) {
+            self.held = Some((subnets, slot));
+            self.everything_dirty();
+            self.check_statement();
+        }
+    }
+
+    /// The lease of `name` is this now; `None` where it left.
+    pub fn leased(&mut self, name: &NodeName, lease: Option<&Arc<Lease>>, now: Duration) {
+        if *name == self.settings.name {
+            return;
+        }
+        let touched = match lease {
+            None => {
+                self.known.remove(name);
+                self.claims.set(name, None)
+            }
+            Some(lease) => {
+                let verdict = admission::verify(lease, &self.settings.network, &self.psks);
+                let known = self.known.entry(name.clone()).or_insert_with(|| Known {
+                    lease: lease.clone(),
+                    admitted: None,
+                    refusal: None,
+                });
+                known.lease = lease.clone();
+                match verdict {
+                    Ok(admitted) => {
+                        known.refusal = None;
+                        let newest = known.admitted.as_ref().map(|held| held.statement.epoch);
+                        match newest {
+                            Some(newest) if admitted.statement.epoch < newest => {
+                                let seen = admitted.statement.epoch;
+                                known.refusal = Some(crate::epochs::Rollback { seen, newest }.into());
+                                BTreeSet::new()
+                            }
+                            _ => {
+                                let touched = self.claims.set(name, Some((&admitted.statement, admitted.slot)));
+                                known.admitted = Some(admitted);
+                                touched
+                            }
+                        }
+                    }
+                    Err(refusal) => {
+                        known.refusal = Some(refusal);
+                        BTreeSet::new()
+                    }
+                }
+            }
+        };
+        self.reconsider(name, now);
+        for other in touched {
+            self.reconsider(&other, now);
+        }
+    }
+
+    /// Serves a node or stops serving it, by what is known of it.
+    fn reconsider(&mut self, name: &NodeName, now: Duration) {
+        if *name == self.settings.name {
+            return;
+        }
+        let conflict = self.claims.conflict(name);
+        let admitted = match self.known.get_mut(name) {
+            Some(known) if conflict.is_none() => {
+                known.refusal.take_if(|refusal| matches!(refusal, Refusal::Conflict { .. }));
+                known.admitted.clone()
+            }
+            Some(known) => {
+                known.refusal = conflict;
+                None
+            }
+            None => None,
+        };
+        match admitted {
+            Some(admitted) => self.serve(name, admitted, now),
+            None => self.drop_peer(name),
+        }
+    }
+
+    fn serve(&mut self, name: &NodeName, admitted: Admitted, now: Duration) {
+        if self.peers.get(name).is_some_and(|peer| peer.slot != admitted.slot) {
+            self.drop_peer(name);
+        }
+        let public = admitted.statement.public;
+        if !self.peers.contains_key(name) {
+            let returned = |epoch: &Epoch| self.spent.get(epoch).is_some_and(|keys| keys.contains(&public));
+            let fit: Vec<Epoch> = self.own.keys().filter(|epoch| !returned(epoch)).copied().collect();
+            if self.own.keys().next_back().is_some_and(returned) {
+                self.want(Cause::Returned);
+            }
+            let left = self.leftovers.remove(&admitted.slot).unwrap_or_default();
+            let own_slot = self.held.map(|(_, slot)| slot);
+            let inbound = left.sas.keys().filter(|id| sender(id) != own_slot).copied().collect();
+            let inherited = Inherited { inbound, data: left.data };
+            let subnets = admitted.statement.subnets.iter().copied().collect::<Subnets>();
+            for base in subnets.bases().iter() {
+                self.bases.insert(base, name.clone());
+            }
+            let peer = Peer {
+                slot: admitted.slot,
+                subnets,
+                epochs: BTreeMap::new(),
+                pair: Pair::new(fit, inherited),
+                keys: BTreeMap::new(),
+                leftovers: left.sas,
+                schedule: Schedule::at_once(now),
+                asked: None,
+                round_trip: None,
+                trouble: None,
+            };
+            self.peers.insert(name.clone(), peer);
+        }
+        let peer = self.peers.get_mut(name).expect("it was just put in");
+        let Admitted { statement, encoded, .. } = admitted;
+        let epoch = statement.epoch;
+        if peer.epochs.contains_key(&epoch) {
+            return;
+        }
+        if let Err(rollback) = peer.pair.peer_epoch(epoch) {
+            if let Some(known) = self.known.get_mut(name) {
+                known.refusal = Some(rollback.into());
+            }
+            return;
+        }
+        peer.epochs.insert(epoch, PeerEpoch { statement, encoded });
+        self.retimed(name, |peer| peer.schedule = Schedule::at_once(now));
+        self.dirty.insert(Scope::Peer(name.clone()));
+    }
+
+    fn drop_peer(&mut self, name: &NodeName) {
+        if let Some(peer) = self.peers.remove(name) {
+            self.bases.retain(|_, owner| owner != name);
+            self.due.retain(|(_, owner)| owner != name);
+            // What an earlier process left may serve again if the peer comes back before it is swept.
+            let sas = peer.leftovers.into_iter().filter(|(id, _)| peer.pair.inherited().inbound.contains(id)).collect();
+            self.leftovers.insert(peer.slot, Leftover { sas, data: None });
+            self.dirty.insert(Scope::Peer(name.clone()));
+        }
+    }
+
+    /// A new epoch is wanted for `cause`.
+    pub fn want(&mut self, cause: Cause) {
+        let soonest = self.wanted.is_none_or(|wanted| patience(cause) < patience(wanted));
+        if soonest {
+            self.wanted = Some(cause);
+        }
+    }
+
+    /// Why an epoch should begin now; `None` if none should, or not yet, or the node has not what it takes.
+    pub fn wants_epoch(&self, now: Duration) -> Option<Cause> {
+        let ready = self.held.is_some() && self.uplink.is_some() && !self.psks.is_empty();
+        let begun = self.own.values().next_back().map(|own| own.begun);
+        let wanted = self.wanted.or_else(|| {
+            let aged = begun.is_some_and(|begun| now >= begun + self.settings.rekey_after);
+            aged.then_some(Cause::Aged)
+        });
+        wanted.filter(|cause| ready && begun.is_none_or(|begun| now >= begun + patience(*cause)))
+    }
+
+    /// The newest epoch there is.
+    pub fn epoch(&self) -> Option<Epoch> {
+        self.own.keys().next_back().copied()
+    }
+
+    /// An epoch begins. `number` is above every earlier one. Publish [`Node::lease`] once a pass has made what this
+    /// makes wanted: before, a peer could send what nobody can read.
+    pub fn begin_epoch(&mut self, number: Epoch, secret: EpochSecret, now: Duration) {
+        let (Some((subnets, slot)), Some(uplink)) = (self.held, self.uplink.clone()) else { return };
+        self.wanted = None;
+        let statement = self.statement(number, secret.public(), subnets, &uplink);
+        let encoded = match statement.encode() {
+            Ok(encoded) => encoded,
+            Err(error) => {
+                tracing::error!(%error, "this node's own statement can't be written");
+                return;
+            }
+        };
+        let touched = self.claims.set(&self.settings.name.clone(), Some((&statement, slot)));
+        self.own.insert(number, OwnEpoch { secret, statement, encoded, local: uplink.local, begun: now });
+        for other in touched {
+            self.reconsider(&other, now);
+        }
+        let names: Vec<NodeName> = self.peers.keys().cloned().collect();
+        for name in names {
+            if let Some(peer) = self.peers.get_mut(&name) {
+                peer.pair.own_epoch(number);
+            }
+            self.retimed(&name, |peer| peer.schedule = Schedule::at_once(now));
+            self.dirty.insert(Scope::Peer(name));
+        }
+        self.dirty.insert(Scope::Node);
+    }
+
+    fn statement(&self, epoch: Epoch, public: PublicKey, subnets: Subnets, uplink: &Uplink) -> Statement {
+        Statement {
+            network: self.settings.network.nets().collect(),
+            node: self.settings.name.as_str().into(),
+            subnets: subnets.iter().collect(),
+            addresses: uplink.public.iter().collect(),
+            cipher: self.settings.cipher,
+            encap: self.settings.encap,
+            epoch,
+            public,
+            kids: self.psks.iter().map(|psk| psk.kid()).collect(),
+        }
+    }
+
+    /// A statement never changes: what it says has changed, so a new epoch is wanted.
+    fn check_statement(&mut self) {
+        let (Some((subnets, _)), Some(uplink)) = (self.held, self.uplink.as_ref()) else { return };
+        let Some((epoch, newest)) = self.own.last_key_value() else { return };
+        let same = self.statement(*epoch, newest.statement.public, subnets, uplink) == newest.statement
+            && newest.local == uplink.local;
+        if !same {
+            self.want(Cause::Changed);
+        }
+    }
+
+    /// The lease to publish: that of the newest epoch.
+    pub fn lease(&self) -> Option<Lease> {
+        let newest = self.own.values().next_back()?;
+        let kid_holder = |kid: &Kid| self.psks.iter().find(|psk| psk.kid() == *kid).cloned();
+        let psks: Option<Vec<Arc<Psk>>> = newest.statement.kids.iter().map(kid_holder).collect();
+        Some(Lease {
+            node: self.settings.name.clone(),
+            subnets: newest.statement.subnets.iter().copied().collect(),
+            public: newest.statement.addresses.iter().copied().collect(),
+            backend: "ipsec".into(),
+            data: admission::publish(&newest.encoded, &psks?),
+            v6_data: serde_json::Value::Null,
+        })
+    }
+
+    /// Takes the scopes whose desired state may have changed.
+    pub fn take_dirty(&mut self) -> BTreeSet<Scope> {
+        std::mem::take(&mut self.dirty)
+    }
+
+    /// Marks everything for a new look.
+    pub fn everything_dirty(&mut self) {
+        self.dirty.insert(Scope::Node);
+        self.dirty.extend(self.peers.keys().cloned().map(Scope::Peer));
+    }
+
+    /// The kernel holds an SA of this process that it did not hold before.
+    pub fn made(&mut self, name: &NodeName, sa: &SaId, born: Generation, now: Duration) {
+        let own_slot = self.held.map(|(_, slot)| slot);
+        if sender(sa) == own_slot {
+            return;
+        }
+        if let Some(peer) = self.peers.get_mut(name) {
+            let before = peer.pair.probe();
+            peer.pair.installed(born);
+            if peer.pair.probe() != before {
+                self.retimed(name, |peer| peer.schedule = Schedule::at_once(now));
+            }
+            self.dirty.insert(Scope::Peer(name.clone()));
+        }
+    }
+
+    /// An SA is gone from the kernel by another's hand, or by its limit.
+    pub fn lost(&mut self, name: &NodeName, sa: &SaId, born: Option<Generation>) {
+        let Some(peer) = self.peers.get_mut(name) else { return };
+        match born {
+            Some(generation) => {
+                if peer.pair.lost(generation) {
+                    self.want(Cause::Lost);
+                }
+            }
+            None => peer.pair.lost_inherited(sa),
+        }
+        self.dirty.insert(Scope::Peer(name.clone()));
+    }
+
+    /// The last pass left this trouble for a peer, or none.
+    pub fn troubled(&mut self, name: &NodeName, trouble: Option<String>) {
+        if let Some(peer) = self.peers.get_mut(name) {
+            peer.trouble = trouble;
+        }
+    }
+
+}
+
+/// The slot of the node that sends on an SA.
+fn sender(id: &SaId) -> Option<Slot> {
+    keys::Spi(id.spi).parts().ok().map(|parts| parts.slot)
+}
+
+fn leftovers(left: &Objects) -> BTreeMap<Slot, Leftover> {
+    let mut all: BTreeMap<Slot, Leftover> = BTreeMap::new();
+    for (key, object) in left {
+        match (key, object) {
+            (Key::Sa(id), Object::Sa { sa, .. }) => {
+                if let Some(slot) = reqid_slot(sa.reqid) {
+                    all.entry(slot).or_default().sas.insert(*id, (**sa).clone());
+                }
+            }
+            (Key::Policy(id), Object::Policy(policy)) if id.direction == Direction::Out && id.selector.protocol == 0 => {
+                if let Some(template) = &policy.template
+                    && let Some(slot) = reqid_slot(template.reqid)
+                {
+                    all.entry(slot).or_default().data = Some(SaId { dst: template.dst, spi: template.spi });
+                }
+            }
+            _ => {}
+        }
+    }
+    all
+}

@@ -1,0 +1,132 @@
+//! Probes in and out, and all that happens because time passes.
+
+use std::collections::BTreeSet;
+use std::net::IpAddr;
+use std::time::Duration;
+
+use keys::Epoch;
+
+use super::{Datagram, Node, Peer, patience};
+use crate::epochs::{Data, Generation};
+use crate::kernel::Scope;
+use crate::lease::NodeName;
+use crate::probe::{Probe, Schedule};
+
+impl Node {
+    /// A datagram came from `from` to the probe port. Returns the answer, where one is due.
+    pub fn probed(&mut self, from: IpAddr, bytes: &[u8], now: Duration) -> Option<Datagram> {
+        let name = self.bases.get(&from)?.clone();
+        let probe = Probe::parse(bytes)?;
+        self.derive(&name, probe.sent.reverse())?;
+        let peer = self.peers.get_mut(&name)?;
+        let keys = peer.keys.get(&probe.sent.reverse())?;
+        if !Probe::genuine(bytes, &keys.probe) {
+            return None;
+        }
+        let before = (peer.pair.data(), peer.pair.said(), peer.pair.probe());
+        peer.pair.probed(probe.sent, probe.data, now);
+        if !probe.ask
+            && let Some((ticket, said, at)) = peer.asked
+            && ticket == probe.ticket
+        {
+            peer.asked = None;
+            peer.round_trip = Some(now.saturating_sub(at));
+            peer.pair.peer_knows(said);
+        }
+        if (peer.pair.data(), peer.pair.said(), peer.pair.probe()) != before {
+            self.dirty.insert(Scope::Peer(name.clone()));
+            // The peer learns at once where our data goes now, and the old can go.
+            self.retimed(&name, |peer| peer.schedule = Schedule::at_once(now));
+        } else {
+            self.retimed(&name, |_| {});
+        }
+        if probe.ask { self.datagram(&name, false, probe.ticket, now) } else { None }
+    }
+
+    fn datagram(&mut self, name: &NodeName, ask: bool, ticket: u64, now: Duration) -> Option<Datagram> {
+        let own = self.held?.0.bases();
+        let sent = self.peers.get(name)?.pair.probe()?;
+        self.derive(name, sent)?;
+        let peer = self.peers.get_mut(name)?;
+        let to = own.iter().find_map(|own| peer.subnets.bases().of_family(own))?;
+        let data = match peer.pair.data() {
+            Data::On(generation) => Some(generation),
+            Data::Held | Data::Inherited(_) => None,
+        };
+        if ask {
+            peer.asked = Some((ticket, data, now));
+        }
+        let probe = Probe { ask, sent, data, ticket };
+        Some(Datagram { to, bytes: probe.seal(&peer.keys.get(&sent)?.probe) })
+    }
+
+    /// When [`Node::tick`] next has something to do.
+    pub fn deadline(&self, now: Duration) -> Option<Duration> {
+        let newest = self.own.values().next_back().map(|own| own.begun);
+        let epoch = newest.map(|begun| match self.wanted {
+            Some(cause) => begun + patience(cause),
+            None => begun + self.settings.rekey_after,
+        });
+        let first = self.due.first().map(|(due, _)| *due);
+        first.into_iter().chain(epoch).min().map(|at| at.max(now))
+    }
+
+    /// Does what is due: drops what has drained and returns the probes to send. `jitter` yields numbers in 0..1.
+    pub fn tick(&mut self, now: Duration, jitter: &mut dyn FnMut() -> f64) -> Vec<Datagram> {
+        let mut datagrams = Vec::new();
+        while let Some((due, name)) = self.due.first().cloned() {
+            if due > now {
+                break;
+            }
+            self.due.pop_first();
+            let Some(peer) = self.peers.get_mut(&name) else { continue };
+            if peer.pair.tick(now) {
+                self.dirty.insert(Scope::Peer(name.clone()));
+            }
+            if peer.schedule.due() <= now {
+                let settled = peer.pair.settled();
+                peer.schedule.sent(now, settled, jitter());
+                self.ticket += 1;
+                datagrams.extend(self.datagram(&name, true, self.ticket, now));
+            }
+            self.retimed(&name, |_| {});
+        }
+        self.forget();
+        datagrams
+    }
+
+    /// Wipes what no live generation needs: keys, peers' statements, own secrets.
+    fn forget(&mut self) {
+        let Some(newest) = self.epoch() else { return };
+        for peer in self.peers.values_mut().filter(|peer| peer.keys.len() + peer.epochs.len() > 2) {
+            let (pair, epochs) = (&peer.pair, &mut peer.epochs);
+            let sending = pair.sending();
+            let receiving: BTreeSet<Generation> = pair.receiving().map(Generation::reverse).collect();
+            let used = |g: &Generation| sending.contains(g) || receiving.contains(g);
+            let alive = |g: &Generation| pair.needs(g.sender) && pair.holds(g.receiver);
+            peer.keys.retain(|g, _| used(g) || alive(g));
+            epochs.retain(|e, _| pair.holds(*e) || sending.iter().chain(&receiving).any(|g| g.receiver == *e));
+        }
+        if self.own.len() > 1 {
+            let peers = &self.peers;
+            let needed = |epoch: &Epoch| {
+                peers.values().any(|peer| {
+                    let sending = peer.pair.sending().iter().any(|g| g.sender == *epoch);
+                    peer.pair.needs(*epoch) || sending || peer.pair.receiving().any(|g| g.receiver == *epoch)
+                })
+            };
+            self.own.retain(|epoch, _| *epoch == newest || needed(epoch));
+            let own = &self.own;
+            self.spent.retain(|epoch, _| own.contains_key(epoch));
+        }
+    }
+
+    /// Changes a peer and puts it at its right place among what is due.
+    fn retimed(&mut self, name: &NodeName, change: impl FnOnce(&mut Peer)) {
+        let Some(peer) = self.peers.get_mut(name) else { return };
+        let due = |peer: &Peer| peer.pair.deadline().map_or(peer.schedule.due(), |d| d.min(peer.schedule.due()));
+        self.due.remove(&(due(peer), name.clone()));
+        change(peer);
+        self.due.insert((due(peer), name.clone()));
+    }
+}

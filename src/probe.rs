@@ -1,0 +1,109 @@
+//! The probe: a datagram between two daemons inside the tunnel, and when to send one.
+//!
+//! ```text
+//!   0      4     5      6        14       22       30       38       46     62
+//!   | RMP1 | ask | rsvd | sender | receiver | sender | receiver | ticket | tag |
+//!                       |  sent on          |  data goes on     |
+//! ```
+//! Numbers are big endian, 64 bits; a data generation of zeros says "nowhere yet". The tag is made with the probe key
+//! of the generation it is sent on: a pod that forges its node's base address can't make one.
+
+use std::time::Duration;
+
+use keys::{Epoch, ProbeKey};
+
+use crate::epochs::Generation;
+
+/// The UDP port of probes, at both ends; only packets inside the tunnel reach it.
+pub const PORT: u16 = 8474;
+
+/// The size of a probe, bytes.
+pub const LEN: usize = 62;
+
+const MAGIC: &[u8; 4] = b"RMP1";
+const TAG: usize = 46;
+
+/// What one daemon tells another.
+#[derive(Clone, Copy, Debug, Eq, PartialEq)]
+pub struct Probe {
+    /// Whether an answer is asked for; an answer asks for none.
+    pub ask: bool,
+    /// The generation that this probe is sent on.
+    pub sent: Generation,
+    /// The generation that the sender's data goes on.
+    pub data: Option<Generation>,
+    /// The asker's own number, given back in the answer.
+    pub ticket: u64,
+}
+
+impl Probe {
+    /// The datagram, sealed with the key of [`Probe::sent`].
+    pub fn seal(&self, key: &ProbeKey) -> [u8; LEN] {
+        let mut bytes = [0; LEN];
+        bytes[..4].copy_from_slice(MAGIC);
+        bytes[4] = u8::from(self.ask);
+        let data = self.data.map_or((0, 0), |g| (g.sender.0, g.receiver.0));
+        let numbers = [self.sent.sender.0, self.sent.receiver.0, data.0, data.1, self.ticket];
+        for (field, number) in bytes[6..TAG].chunks_exact_mut(8).zip(numbers) {
+            field.copy_from_slice(&number.to_be_bytes());
+        }
+        let tag = key.seal(&bytes[..TAG]);
+        bytes[TAG..].copy_from_slice(&tag);
+        bytes
+    }
+
+    /// Reads a datagram; the tag is checked by [`Probe::genuine`], once the key is known. `None` if it is no probe.
+    pub fn parse(bytes: &[u8]) -> Option<Self> {
+        let bytes: &[u8; LEN] = bytes.try_into().ok()?;
+        if &bytes[..4] != MAGIC || bytes[4] > 1 || bytes[5] != 0 {
+            return None;
+        }
+        let mut numbers = [0; 5];
+        for (number, field) in numbers.iter_mut().zip(bytes[6..TAG].chunks_exact(8)) {
+            *number = u64::from_be_bytes(field.try_into().ok()?);
+        }
+        let [sender, receiver, data_sender, data_receiver, ticket] = numbers;
+        let generation = |s, r| Generation { sender: Epoch(s), receiver: Epoch(r) };
+        let data = (data_sender != 0 || data_receiver != 0).then(|| generation(data_sender, data_receiver));
+        Some(Self { ask: bytes[4] == 1, sent: generation(sender, receiver), data, ticket })
+    }
+
+    /// Whether the peer that shares `key` made this datagram.
+    pub fn genuine(bytes: &[u8], key: &ProbeKey) -> bool {
+        let Some((message, tag)) = bytes.split_last_chunk::<16>() else { return false };
+        key.open(message, tag)
+    }
+}
+
+/// When one peer is probed next: at once after a change, then backing off; slowly while all is settled.
+#[derive(Clone, Copy, Debug)]
+pub struct Schedule {
+    due: Duration,
+    step: Duration,
+}
+
+/// The first wait for an answer; it doubles with each unanswered probe.
+const FIRST: Duration = Duration::from_millis(50);
+/// The longest wait between two probes to a peer that does not answer.
+const SLOWEST: Duration = Duration::from_secs(10);
+/// Between two probes while both ends are settled.
+const SETTLED: Duration = Duration::from_secs(15);
+
+impl Schedule {
+    /// Due at `now`.
+    pub fn at_once(now: Duration) -> Self {
+        Self { due: now, step: FIRST }
+    }
+
+    /// When the next probe is due.
+    pub fn due(&self) -> Duration {
+        self.due
+    }
+
+    /// A probe was sent at `now`; `jitter` lies in 0..1 and spreads the next one over a quarter of its wait.
+    pub fn sent(&mut self, now: Duration, settled: bool, jitter: f64) {
+        let wait = if settled { SETTLED } else { self.step };
+        self.step = if settled { FIRST } else { (self.step * 2).min(SLOWEST) };
+        self.due = now + wait.mul_f64(1.0 - jitter.clamp(0.0, 1.0) / 4.0);
+    }
+}
