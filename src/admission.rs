@@ -30,8 +30,14 @@ struct Published {
 
 /// The `BackendData` of a lease that says `statement`, tagged with each of `psks`, which are those of its kids.
 pub fn publish(statement: &Encoded, psks: &[Arc<Psk>]) -> serde_json::Value {
-    let tags = psks.iter().map(|psk| BASE64.encode(psk.tag(statement.as_bytes()).as_bytes())).collect();
-    let published = Published { statement: BASE64.encode(statement.as_bytes()), tags };
+    let tags = psks
+        .iter()
+        .map(|psk| BASE64.encode(psk.tag(statement.as_bytes()).as_bytes()))
+        .collect();
+    let published = Published {
+        statement: BASE64.encode(statement.as_bytes()),
+        tags,
+    };
     serde_json::to_value(published).expect("strings become JSON")
 }
 
@@ -98,6 +104,11 @@ pub enum Refusal {
     /// An older epoch than one that was seen.
     #[error(transparent)]
     Rollback(#[from] crate::epochs::Rollback),
+    /// Another statement for an epoch that was seen: a statement never changes.
+    #[error(
+        "epoch {0} was seen with another statement: two daemons use this node's name; give each its own --node-name"
+    )]
+    Rewritten(keys::Epoch),
     /// No address family in common.
     #[error("no common address family: it is at {theirs}, this node at {ours}")]
     NoCommonFamily {
@@ -121,31 +132,65 @@ pub fn verify(lease: &Lease, network: &Network, psks: &[Arc<Psk>]) -> Result<Adm
     let published = Published::deserialize(&lease.data).map_err(|e| garbage(&e))?;
     let bytes = BASE64.decode(&published.statement).map_err(|e| garbage(&e))?;
     let statement = Statement::decode(&bytes).map_err(|e| garbage(&e))?;
-    let encoded = statement.encode();
+    let encoded = statement.encode().map_err(|e| garbage(&e))?;
     let held = |kid: &Kid| psks.iter().find(|psk| psk.kid() == *kid);
-    let Some((at, psk)) = statement.kids.iter().enumerate().find_map(|(i, kid)| Some((i, held(kid)?))) else {
+    let Some((at, psk)) = statement
+        .kids
+        .iter()
+        .enumerate()
+        .find_map(|(i, kid)| Some((i, held(kid)?)))
+    else {
         let list = |kids: &mut dyn Iterator<Item = Kid>| kids.map(|k| k.to_string()).collect::<Vec<_>>().join(" ");
         let theirs = list(&mut statement.kids.iter().copied());
-        return Err(Refusal::NoCommonPsk { theirs, ours: list(&mut psks.iter().map(|psk| psk.kid())) });
+        return Err(Refusal::NoCommonPsk {
+            theirs,
+            ours: list(&mut psks.iter().map(|psk| psk.kid())),
+        });
     };
-    let tag = published.tags.get(at).ok_or_else(|| garbage(&"a tag for each kid is needed"))?;
-    let tag = BASE64.decode(tag).ok().and_then(|tag| <[u8; 32]>::try_from(tag).ok()).map(Tag::from);
+    let tag = published
+        .tags
+        .get(at)
+        .ok_or_else(|| garbage(&"a tag for each kid is needed"))?;
+    let tag = BASE64
+        .decode(tag)
+        .ok()
+        .and_then(|tag| <[u8; 32]>::try_from(tag).ok())
+        .map(Tag);
     let tag = tag.ok_or_else(|| garbage(&"a tag is 32 bytes in base64"))?;
     if !psk.verify(&bytes, &tag) {
         return Err(Refusal::WrongTag(psk.kid()));
     }
     let contradiction = |field, lease: String, statement: String| {
-        if lease == statement { Ok(()) } else { Err(Refusal::Contradiction { field, lease, statement }) }
+        if lease == statement {
+            Ok(())
+        } else {
+            Err(Refusal::Contradiction {
+                field,
+                lease,
+                statement,
+            })
+        }
     };
     contradiction("node", lease.node.to_string(), statement.node.clone())?;
     contradiction("subnets", lease.subnets.to_string(), spaced(&statement.subnets))?;
-    contradiction("public addresses", lease.public.to_string(), spaced(&statement.addresses))?;
+    contradiction(
+        "public addresses",
+        lease.public.to_string(),
+        spaced(&statement.addresses),
+    )?;
     let ours: Vec<IpNet> = network.nets().collect();
     if statement.network != ours {
-        return Err(Refusal::Network { theirs: spaced(&statement.network), ours: network.to_string() });
+        return Err(Refusal::Network {
+            theirs: spaced(&statement.network),
+            ours: network.to_string(),
+        });
     }
     let slot = network.slot(&lease.subnets)?;
-    Ok(Admitted { statement, encoded, slot })
+    Ok(Admitted {
+        statement,
+        encoded,
+        slot,
+    })
 }
 
 fn spaced<T: fmt::Display>(items: &[T]) -> String {

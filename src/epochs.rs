@@ -34,7 +34,10 @@ pub struct Generation {
 impl Generation {
     /// The generation of the other direction.
     pub fn reverse(self) -> Self {
-        Self { sender: self.receiver, receiver: self.sender }
+        Self {
+            sender: self.receiver,
+            receiver: self.sender,
+        }
     }
 
     /// Whether it is older than `other` in neither part.
@@ -96,7 +99,9 @@ pub enum Data {
 
 /// An epoch of a peer that is older than, or clashes with, what we have seen of it.
 #[derive(Clone, Copy, Debug, Eq, PartialEq, thiserror::Error)]
-#[error("epoch {seen} is older than {newest}, which it had before: a lease was rolled back; publish a new one with `ringmail rotate` there")]
+#[error(
+    "epoch {seen} is older than {newest}, which it had before: a lease was rolled back; publish a new one with `ringmail rotate` there"
+)]
 pub struct Rollback {
     /// The epoch offered.
     pub seen: Epoch,
@@ -124,14 +129,23 @@ pub struct Pair {
 impl Pair {
     /// A pair that knows `own`, our live epochs, and what an earlier process left.
     pub fn new(own: impl IntoIterator<Item = Epoch>, inherited: Inherited) -> Self {
-        Self { own: own.into_iter().collect(), inherited, ..Self::default() }
+        Self {
+            own: own.into_iter().collect(),
+            inherited,
+            ..Self::default()
+        }
     }
 
     /// Our epoch `epoch` begins. Publish it only after [`Pair::installed`] came for what this makes wanted.
     pub fn own_epoch(&mut self, epoch: Epoch) {
         self.own.insert(epoch);
         for &peer in &self.held {
-            self.inbound.entry(Generation { sender: peer, receiver: epoch }).or_insert(Receive::Wanted);
+            self.inbound
+                .entry(Generation {
+                    sender: peer,
+                    receiver: epoch,
+                })
+                .or_insert(Receive::Wanted);
         }
     }
 
@@ -154,7 +168,12 @@ impl Pair {
         self.held.insert(epoch);
         self.newest_held = Some(epoch);
         for &own in &self.own {
-            self.inbound.entry(Generation { sender: epoch, receiver: own }).or_insert(Receive::Wanted);
+            self.inbound
+                .entry(Generation {
+                    sender: epoch,
+                    receiver: own,
+                })
+                .or_insert(Receive::Wanted);
         }
         Ok(())
     }
@@ -226,21 +245,34 @@ impl Pair {
 
     /// Drops what has drained, and a silent peer's old epochs. Returns whether anything changed.
     pub fn tick(&mut self, now: Duration) -> bool {
-        let before = (self.inbound.len(), self.own.len(), self.held.len(), self.inherited.inbound.len());
-        self.inbound.retain(|_, state| !matches!(state, Receive::Draining(until) if *until <= now));
+        let before = (
+            self.inbound.len(),
+            self.own.len(),
+            self.held.len(),
+            self.inherited.inbound.len(),
+        );
+        self.inbound
+            .retain(|_, state| !matches!(state, Receive::Draining(until) if *until <= now));
         if self.inherited_until.take_if(|until| *until <= now).is_some() {
             self.inherited.inbound.clear();
         }
         let silent = self.heard.is_none_or(|heard| now.saturating_sub(heard) >= SILENCE) && now >= SILENCE;
-        if silent && (self.own.len() > 2 || self.held.len() > 2) {
+        if silent && self.outdated() {
             let data = self.data;
             keep_newest_two(&mut self.own, data.map(|g| g.sender));
             keep_newest_two(&mut self.held, data.map(|g| g.receiver));
             let (own, held) = (&self.own, &self.held);
-            self.inbound.retain(|g, _| held.contains(&g.sender) && own.contains(&g.receiver));
+            self.inbound
+                .retain(|g, _| held.contains(&g.sender) && own.contains(&g.receiver));
             self.forget_unreachable();
         }
-        before != (self.inbound.len(), self.own.len(), self.held.len(), self.inherited.inbound.len())
+        before
+            != (
+                self.inbound.len(),
+                self.own.len(),
+                self.held.len(),
+                self.inherited.inbound.len(),
+            )
     }
 
     /// When [`Pair::tick`] next has something to do.
@@ -249,9 +281,16 @@ impl Pair {
             Receive::Draining(until) => Some(*until),
             Receive::Wanted | Receive::Installed => None,
         });
-        let silence = (self.own.len() > 2 || self.held.len() > 2)
-            .then(|| self.heard.unwrap_or_default() + SILENCE);
+        let silence = self.outdated().then(|| self.heard.unwrap_or_default() + SILENCE);
         drains.chain(self.inherited_until).chain(silence).min()
+    }
+
+    /// Whether there are epochs beyond the newest two and those in use.
+    fn outdated(&self) -> bool {
+        let excess = |epochs: &BTreeSet<Epoch>, used: Option<Epoch>| {
+            epochs.iter().rev().skip(2).any(|epoch| Some(*epoch) != used)
+        };
+        excess(&self.own, self.data.map(|g| g.sender)) || excess(&self.held, self.data.map(|g| g.receiver))
     }
 
     /// Rule 6: the peer's data goes on `data`, and it never goes back.
@@ -265,21 +304,29 @@ impl Pair {
             self.inherited_until.get_or_insert(now + DRAIN);
         }
         let sending = self.data.map(|g| g.sender);
-        self.own.retain(|&epoch| epoch >= data.receiver || Some(epoch) == sending);
+        self.own
+            .retain(|&epoch| epoch >= data.receiver || Some(epoch) == sending);
         self.held.retain(|&epoch| epoch >= data.sender);
         self.forget_unreachable();
     }
 
     fn forget_unreachable(&mut self) {
         let (own, held) = (&self.own, &self.held);
-        self.confirmed.retain(|g| own.contains(&g.sender) && held.contains(&g.receiver));
+        self.confirmed
+            .retain(|g| own.contains(&g.sender) && held.contains(&g.receiver));
     }
 
     /// Rule 4: data goes on the newest confirmed generation, never back in either part.
     fn choose(&mut self) {
         let floor = self.data;
-        let best = self.confirmed.iter().copied().filter(|g| floor.is_none_or(|floor| g.reaches(floor)));
-        let Some(best) = best.max_by_key(|g| (g.receiver, g.sender)) else { return };
+        let best = self
+            .confirmed
+            .iter()
+            .copied()
+            .filter(|g| floor.is_none_or(|floor| g.reaches(floor)));
+        let Some(best) = best.max_by_key(|g| (g.receiver, g.sender)) else {
+            return;
+        };
         self.data = Some(best);
         self.inherited.data = None;
         for (generation, state) in &mut self.outbound {
@@ -298,7 +345,10 @@ impl Pair {
 
     /// The newest generation there is: of the newest epochs of both.
     pub fn newest(&self) -> Option<Generation> {
-        Some(Generation { sender: *self.own.last()?, receiver: *self.held.last()? })
+        Some(Generation {
+            sender: *self.own.last()?,
+            receiver: *self.held.last()?,
+        })
     }
 
     /// Where data goes.
@@ -323,8 +373,16 @@ impl Pair {
     /// The generations whose sending SA the kernel should hold: those in use, those to be programmed, and those that
     /// were programmed and may yet carry data, since they can't be made again.
     pub fn sending(&self) -> BTreeSet<Generation> {
-        let live = self.outbound.iter().filter(|(_, state)| **state == Send::Live).map(|(g, _)| *g);
-        let fresh = self.data.into_iter().chain(self.probe()).filter(|g| !self.outbound.contains_key(g));
+        let live = self
+            .outbound
+            .iter()
+            .filter(|(_, state)| **state == Send::Live)
+            .map(|(g, _)| *g);
+        let fresh = self
+            .data
+            .into_iter()
+            .chain(self.probe())
+            .filter(|g| !self.outbound.contains_key(g));
         live.chain(fresh).collect()
     }
 

@@ -5,12 +5,8 @@
 //! lays the operations of many scopes out as one sequence, makes before breaks. Nothing here does I/O: `netlink`
 //! reads and writes.
 
-pub mod encap;
 pub mod firewall;
-pub mod iptables;
-pub mod netlink;
-pub mod nft;
-pub mod sysctl;
+pub mod mtu;
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::fmt;
@@ -51,7 +47,9 @@ pub fn reqid(peer: keys::Slot) -> u32 {
 
 /// The slot of the peer that a reqid of ours is about; `None` for a reqid that is not ours.
 pub fn reqid_slot(reqid: u32) -> Option<keys::Slot> {
-    (reqid & 0xfff0_0000 == REQID_MARK).then(|| keys::Slot::new(reqid & 0x000f_ffff).ok()).flatten()
+    (reqid & 0xfff0_0000 == REQID_MARK)
+        .then(|| keys::Slot::new(reqid & 0x000f_ffff).ok())
+        .flatten()
 }
 
 /// Which guard policy; in the order of making, so that nothing is open or shut wrongly in between.
@@ -77,7 +75,9 @@ impl Guard {
 
     /// The guard that `priority` stands for.
     pub fn of_priority(priority: u32) -> Option<Self> {
-        [Self::Spoof, Self::Local, Self::Block].into_iter().find(|guard| guard.priority() == priority)
+        [Self::Spoof, Self::Local, Self::Block]
+            .into_iter()
+            .find(|guard| guard.priority() == priority)
     }
 }
 
@@ -142,14 +142,32 @@ impl fmt::Display for Key {
             Self::Sysctl(path) => write!(f, "sysctl {path}"),
             Self::Firewall => f.write_str("firewall"),
             Self::GuardRoute(net) => write!(f, "guard route {net}"),
-            Self::Guard(guard, id) => write!(f, "guard policy {guard:?} {id}"),
+            Self::Guard(guard, id) => write!(f, "guard policy {guard:?} {}", policy(id)),
             Self::Link(name) => write!(f, "link {name}"),
             Self::Address(link, address) => write!(f, "address {address} on {link}"),
-            Self::Sa(id) => write!(f, "SA {id}"),
-            Self::Policy(id) => write!(f, "policy {id}"),
+            Self::Sa(id) => write!(f, "SA to {} spi {}", id.dst, keys::Spi(id.spi)),
+            Self::Policy(id) => write!(f, "policy {}", policy(id)),
             Self::Route(net) => write!(f, "route {net}"),
         }
     }
+}
+
+fn policy(PolicyId { direction, selector }: &PolicyId) -> String {
+    let direction = match direction {
+        xfrm::Direction::In => "in",
+        xfrm::Direction::Fwd => "fwd",
+        xfrm::Direction::Out => "out",
+    };
+    let port = selector
+        .dport
+        .map(|port| format!(" udp port {port}"))
+        .unwrap_or_default();
+    let dev = if selector.ifindex == 0 {
+        String::new()
+    } else {
+        format!(" dev #{}", selector.ifindex)
+    };
+    format!("{direction} {} to {}{port}{dev}", selector.src, selector.dst)
 }
 
 /// What a key should hold, or holds.
@@ -249,7 +267,9 @@ pub fn diff(desired: &Objects, owned: &BTreeSet<Key>, actual: &Objects) -> Vec<O
         Some(have) if have == want => None,
         Some(_) => Some(Op::Change(key.clone(), want.clone())),
     });
-    let unwanted = owned.iter().filter(|key| !desired.contains_key(*key) && actual.contains_key(*key));
+    let unwanted = owned
+        .iter()
+        .filter(|key| !desired.contains_key(*key) && actual.contains_key(*key));
     wanted.chain(unwanted.map(|key| Op::Break(key.clone()))).collect()
 }
 
@@ -283,7 +303,7 @@ pub enum WriteError {
         /// What was tried.
         op: String,
         /// The kernel's answer.
-        source: xfrm::KernelError,
+        source: xfrm::Error,
     },
     /// Something that is not ours stands where ours should: it is left as it is.
     #[error("{op}: {found} is in the way and is not ringmail's; remove it: {remedy}")]

@@ -1,2 +1,9 @@
 //! Placeholder of the workspace skeleton.
+pub mod admission;
+pub mod backend;
+pub mod epochs;
+pub mod kernel;
 pub mod lease;
+pub mod node;
+pub mod probe;
+pub mod uplink;

@@ -10,16 +10,17 @@ use std::net::IpAddr;
 use std::sync::Arc;
 use std::time::Duration;
 
-use keys::{Cipher, Encap, EncapMode, Encoded, Epoch, EpochSecret, Inbound, Kid, Outbound, ProbeKey, Psk, PublicKey, SaKey, Slot, Statement};
+use keys::{
+    Cipher, Encap, Encoded, Epoch, EpochSecret, Inbound, Kid, Outbound, ProbeKey, Psk, PublicKey, SaKey, Slot,
+    Statement,
+};
 use xfrm::{Direction, Sa, SaId};
 
 use crate::admission::{self, Admitted, Claims, Refusal};
-use crate::backend::ipsec::{self, Association, NodeFacts, Path, PeerFacts, Through};
-use crate::epochs::{Data, Generation, Inherited, Pair};
-use crate::kernel::mtu::inner_mtu;
+use crate::epochs::{Generation, Inherited, Pair, Rollback};
 use crate::kernel::{Key, Object, Objects, Scope, reqid_slot};
 use crate::lease::{Lease, Network, NodeName, Subnets};
-use crate::probe::{self, Probe, Schedule};
+use crate::probe::{self, Schedule};
 use crate::uplink::Uplink;
 
 mod keyring;
@@ -85,6 +86,8 @@ struct OwnEpoch {
     /// Where the kernel sends from and receives: behind a NAT not the public addresses.
     local: crate::lease::Addresses,
     begun: Duration,
+    /// When it is old enough to be followed by another.
+    ages: Duration,
 }
 
 #[derive(Debug)]
@@ -121,6 +124,8 @@ struct Peer {
     keys: BTreeMap<Generation, Keys>,
     leftovers: BTreeMap<SaId, Sa>,
     schedule: Schedule,
+    /// Under which time it stands among what is due.
+    queued: Option<Duration>,
     /// The question that is out, and what it said of our data.
     asked: Option<(u64, Option<Generation>, Duration)>,
     round_trip: Option<Duration>,
@@ -133,6 +138,14 @@ struct Known {
     lease: Arc<Lease>,
     admitted: Option<Admitted>,
     refusal: Option<Refusal>,
+}
+
+impl Known {
+    fn says(&self, other: &Admitted) -> bool {
+        self.admitted
+            .as_ref()
+            .is_some_and(|held| held.encoded.as_bytes() == other.encoded.as_bytes())
+    }
 }
 
 /// What an earlier process left for one peer.
@@ -169,6 +182,7 @@ pub struct Node {
     spent: BTreeMap<Epoch, BTreeSet<PublicKey>>,
     wanted: Option<Cause>,
     ticket: u64,
+    tidied: Duration,
     dirty: BTreeSet<Scope>,
 }
 
@@ -190,6 +204,7 @@ impl Node {
             spent: BTreeMap::new(),
             wanted: Some(Cause::Start),
             ticket: 0,
+            tidied: Duration::ZERO,
             dirty: BTreeSet::from([Scope::Node]),
         };
         node.dirty.insert(Scope::Node);
@@ -267,7 +282,11 @@ impl Node {
                         match newest {
                             Some(newest) if admitted.statement.epoch < newest => {
                                 let seen = admitted.statement.epoch;
-                                known.refusal = Some(crate::epochs::Rollback { seen, newest }.into());
+                                known.refusal = Some(Rollback { seen, newest }.into());
+                                BTreeSet::new()
+                            }
+                            Some(newest) if admitted.statement.epoch == newest && !known.says(&admitted) => {
+                                known.refusal = Some(Refusal::Rewritten(newest));
                                 BTreeSet::new()
                             }
                             _ => {
@@ -298,7 +317,9 @@ impl Node {
         let conflict = self.claims.conflict(name);
         let admitted = match self.known.get_mut(name) {
             Some(known) if conflict.is_none() => {
-                known.refusal.take_if(|refusal| matches!(refusal, Refusal::Conflict { .. }));
+                known
+                    .refusal
+                    .take_if(|refusal| matches!(refusal, Refusal::Conflict { .. }));
                 known.admitted.clone()
             }
             Some(known) => {
@@ -327,7 +348,10 @@ impl Node {
             let left = self.leftovers.remove(&admitted.slot).unwrap_or_default();
             let own_slot = self.held.map(|(_, slot)| slot);
             let inbound = left.sas.keys().filter(|id| sender(id) != own_slot).copied().collect();
-            let inherited = Inherited { inbound, data: left.data };
+            let inherited = Inherited {
+                inbound,
+                data: left.data,
+            };
             let subnets = admitted.statement.subnets.iter().copied().collect::<Subnets>();
             for base in subnets.bases().iter() {
                 self.bases.insert(base, name.clone());
@@ -340,6 +364,7 @@ impl Node {
                 keys: BTreeMap::new(),
                 leftovers: left.sas,
                 schedule: Schedule::at_once(now),
+                queued: None,
                 asked: None,
                 round_trip: None,
                 trouble: None,
@@ -365,10 +390,18 @@ impl Node {
 
     fn drop_peer(&mut self, name: &NodeName) {
         if let Some(peer) = self.peers.remove(name) {
-            self.bases.retain(|_, owner| owner != name);
-            self.due.retain(|(_, owner)| owner != name);
+            for base in peer.subnets.bases().iter() {
+                self.bases.remove(&base);
+            }
+            if let Some(queued) = peer.queued {
+                self.due.remove(&(queued, name.clone()));
+            }
             // What an earlier process left may serve again if the peer comes back before it is swept.
-            let sas = peer.leftovers.into_iter().filter(|(id, _)| peer.pair.inherited().inbound.contains(id)).collect();
+            let sas = peer
+                .leftovers
+                .into_iter()
+                .filter(|(id, _)| peer.pair.inherited().inbound.contains(id))
+                .collect();
             self.leftovers.insert(peer.slot, Leftover { sas, data: None });
             self.dirty.insert(Scope::Peer(name.clone()));
         }
@@ -384,13 +417,15 @@ impl Node {
 
     /// Why an epoch should begin now; `None` if none should, or not yet, or the node has not what it takes.
     pub fn wants_epoch(&self, now: Duration) -> Option<Cause> {
-        let ready = self.held.is_some() && self.uplink.is_some() && !self.psks.is_empty();
-        let begun = self.own.values().next_back().map(|own| own.begun);
-        let wanted = self.wanted.or_else(|| {
-            let aged = begun.is_some_and(|begun| now >= begun + self.settings.rekey_after);
-            aged.then_some(Cause::Aged)
-        });
-        wanted.filter(|cause| ready && begun.is_none_or(|begun| now >= begun + patience(*cause)))
+        let newest = self.own.values().next_back();
+        let aged = newest.is_some_and(|own| now >= own.ages).then_some(Cause::Aged);
+        let patient = |cause: &Cause| newest.is_none_or(|own| now >= own.begun + patience(*cause));
+        self.wanted.or(aged).filter(|cause| self.ready() && patient(cause))
+    }
+
+    /// Whether there is all that an epoch's statement says.
+    fn ready(&self) -> bool {
+        self.held.is_some() && self.uplink.is_some() && !self.psks.is_empty()
     }
 
     /// The newest epoch there is.
@@ -400,8 +435,11 @@ impl Node {
 
     /// An epoch begins. `number` is above every earlier one. Publish [`Node::lease`] once a pass has made what this
     /// makes wanted: before, a peer could send what nobody can read.
-    pub fn begin_epoch(&mut self, number: Epoch, secret: EpochSecret, now: Duration) {
-        let (Some((subnets, slot)), Some(uplink)) = (self.held, self.uplink.clone()) else { return };
+    /// `jitter` in 0..1 shortens its life by up to a tenth, so that nodes do not rotate together.
+    pub fn begin_epoch(&mut self, number: Epoch, secret: EpochSecret, now: Duration, jitter: f64) {
+        let (Some((subnets, slot)), Some(uplink)) = (self.held, self.uplink.clone()) else {
+            return;
+        };
         self.wanted = None;
         let statement = self.statement(number, secret.public(), subnets, &uplink);
         let encoded = match statement.encode() {
@@ -412,7 +450,18 @@ impl Node {
             }
         };
         let touched = self.claims.set(&self.settings.name.clone(), Some((&statement, slot)));
-        self.own.insert(number, OwnEpoch { secret, statement, encoded, local: uplink.local, begun: now });
+        let ages = now + self.settings.rekey_after.mul_f64(1.0 - jitter.clamp(0.0, 1.0) / 10.0);
+        self.own.insert(
+            number,
+            OwnEpoch {
+                secret,
+                statement,
+                encoded,
+                local: uplink.local,
+                begun: now,
+                ages,
+            },
+        );
         for other in touched {
             self.reconsider(&other, now);
         }
@@ -443,8 +492,12 @@ impl Node {
 
     /// A statement never changes: what it says has changed, so a new epoch is wanted.
     fn check_statement(&mut self) {
-        let (Some((subnets, _)), Some(uplink)) = (self.held, self.uplink.as_ref()) else { return };
-        let Some((epoch, newest)) = self.own.last_key_value() else { return };
+        let (Some((subnets, _)), Some(uplink)) = (self.held, self.uplink.as_ref()) else {
+            return;
+        };
+        let Some((epoch, newest)) = self.own.last_key_value() else {
+            return;
+        };
         let same = self.statement(*epoch, newest.statement.public, subnets, uplink) == newest.statement
             && newest.local == uplink.local;
         if !same {
@@ -514,7 +567,6 @@ impl Node {
             peer.trouble = trouble;
         }
     }
-
 }
 
 /// The slot of the node that sends on an SA.
@@ -531,11 +583,16 @@ fn leftovers(left: &Objects) -> BTreeMap<Slot, Leftover> {
                     all.entry(slot).or_default().sas.insert(*id, (**sa).clone());
                 }
             }
-            (Key::Policy(id), Object::Policy(policy)) if id.direction == Direction::Out && id.selector.protocol == 0 => {
+            (Key::Policy(id), Object::Policy(policy))
+                if id.direction == Direction::Out && id.selector.protocol == 0 =>
+            {
                 if let Some(template) = &policy.template
                     && let Some(slot) = reqid_slot(template.reqid)
                 {
-                    all.entry(slot).or_default().data = Some(SaId { dst: template.dst, spi: template.spi });
+                    all.entry(slot).or_default().data = Some(SaId {
+                        dst: template.dst,
+                        spi: template.spi,
+                    });
                 }
             }
             _ => {}

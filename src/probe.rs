@@ -63,14 +63,24 @@ impl Probe {
             *number = u64::from_be_bytes(field.try_into().ok()?);
         }
         let [sender, receiver, data_sender, data_receiver, ticket] = numbers;
-        let generation = |s, r| Generation { sender: Epoch(s), receiver: Epoch(r) };
+        let generation = |s, r| Generation {
+            sender: Epoch(s),
+            receiver: Epoch(r),
+        };
         let data = (data_sender != 0 || data_receiver != 0).then(|| generation(data_sender, data_receiver));
-        Some(Self { ask: bytes[4] == 1, sent: generation(sender, receiver), data, ticket })
+        Some(Self {
+            ask: bytes[4] == 1,
+            sent: generation(sender, receiver),
+            data,
+            ticket,
+        })
     }
 
     /// Whether the peer that shares `key` made this datagram.
     pub fn genuine(bytes: &[u8], key: &ProbeKey) -> bool {
-        let Some((message, tag)) = bytes.split_last_chunk::<16>() else { return false };
+        let Some((message, tag)) = bytes.split_last_chunk::<16>() else {
+            return false;
+        };
         key.open(message, tag)
     }
 }

@@ -9,7 +9,7 @@ use std::net::{IpAddr, Ipv4Addr, Ipv6Addr};
 
 use ipnet::{IpNet, Ipv4Net, Ipv6Net};
 use keys::{Cipher, Slot, Spi};
-use xfrm::{Action, Aead, Direction, Encap, Limits, Policy, PolicyId, Sa, SaId, Selector, Template};
+use xfrm::{Action, Aead, Direction, Encap, Limits, Policy, PolicyId, Sa, SaDirection, SaId, Selector, Template};
 
 use crate::epochs::Generation;
 use crate::kernel::firewall::Firewall;
@@ -52,7 +52,10 @@ pub fn node(facts: &NodeFacts) -> Objects {
         objects.insert(Key::Sysctl("net/ipv4/ip_forward".into()), Object::Sysctl("1".into()));
     }
     if facts.network.v6.is_some() {
-        objects.insert(Key::Sysctl("net/ipv6/conf/all/forwarding".into()), Object::Sysctl("1".into()));
+        objects.insert(
+            Key::Sysctl("net/ipv6/conf/all/forwarding".into()),
+            Object::Sysctl("1".into()),
+        );
     }
     for net in facts.network.nets() {
         objects.insert(Key::GuardRoute(net), Object::Unreachable);
@@ -93,12 +96,27 @@ pub fn node(facts: &NodeFacts) -> Objects {
 }
 
 fn guard(objects: &mut Objects, which: Guard, direction: Direction, src: IpNet, dst: IpNet, ifindex: u32) {
-    let id = PolicyId { direction, selector: Selector { src, dst, protocol: 0, sport: None, dport: None, ifindex } };
+    let id = PolicyId {
+        direction,
+        selector: Selector {
+            src,
+            dst,
+            protocol: 0,
+            sport: None,
+            dport: None,
+            ifindex,
+        },
+    };
     let action = match which {
         Guard::Local => Action::Allow,
         Guard::Spoof | Guard::Block => Action::Block,
     };
-    let policy = Policy { id: id.clone(), priority: which.priority(), action, template: None };
+    let policy = Policy {
+        id: id.clone(),
+        priority: which.priority(),
+        action,
+        template: None,
+    };
     objects.insert(Key::Guard(which, id), Object::Policy(Box::new(policy)));
 }
 
@@ -177,36 +195,88 @@ pub fn peer(facts: &PeerFacts) -> Objects {
     let mut objects = Objects::new();
     for association in &facts.associations {
         let sa = sa(association, facts);
-        let id = SaId { dst: sa.dst, spi: sa.spi };
-        objects.insert(Key::Sa(id), Object::Sa { sa: Box::new(sa), born: Some(association.generation) });
+        let id = SaId {
+            dst: sa.dst,
+            spi: sa.spi,
+        };
+        objects.insert(
+            Key::Sa(id),
+            Object::Sa {
+                sa: Box::new(sa),
+                born: Some(association.generation),
+            },
+        );
     }
     for sa in &facts.inherited {
-        let id = SaId { dst: sa.dst, spi: sa.spi };
-        objects.entry(Key::Sa(id)).or_insert_with(|| Object::Sa { sa: Box::new(sa.clone()), born: None });
+        let id = SaId {
+            dst: sa.dst,
+            spi: sa.spi,
+        };
+        objects.entry(Key::Sa(id)).or_insert_with(|| Object::Sa {
+            sa: Box::new(sa.clone()),
+            born: None,
+        });
     }
     let reqid = reqid(facts.slot);
     let from = incoming(facts);
     for subnet in facts.subnets.iter() {
         let any = any(subnet);
         for direction in [Direction::In, Direction::Fwd] {
-            let template = Template { src: from.0, dst: from.1, spi: 0, reqid };
+            let template = Template {
+                src: from.0,
+                dst: from.1,
+                spi: 0,
+                reqid,
+            };
             policy(&mut objects, direction, (subnet, any), None, priority::PEER, template);
         }
         if let Some(through) = facts.data {
-            let template = Template { src: through.src, dst: through.dst, spi: through.spi, reqid };
-            policy(&mut objects, Direction::Out, (any, subnet), None, priority::PEER, template);
+            let template = Template {
+                src: through.src,
+                dst: through.dst,
+                spi: through.spi,
+                reqid,
+            };
+            policy(
+                &mut objects,
+                Direction::Out,
+                (any, subnet),
+                None,
+                priority::PEER,
+                template,
+            );
         }
     }
     // One family is enough for probes: the first that both have.
-    let bases = facts.own.bases().iter().find_map(|own| Some((own, facts.subnets.bases().of_family(own)?)));
+    let bases = facts
+        .own
+        .bases()
+        .iter()
+        .find_map(|own| Some((own, facts.subnets.bases().of_family(own)?)));
     if let (Some(through), Some((own, remote))) = (facts.probe, bases) {
-        let template = Template { src: through.src, dst: through.dst, spi: through.spi, reqid };
+        let template = Template {
+            src: through.src,
+            dst: through.dst,
+            spi: through.spi,
+            reqid,
+        };
         let ends = (IpNet::from(own), IpNet::from(remote));
-        policy(&mut objects, Direction::Out, ends, Some(probe::PORT), priority::PROBE, template);
+        policy(
+            &mut objects,
+            Direction::Out,
+            ends,
+            Some(probe::PORT),
+            priority::PROBE,
+            template,
+        );
     }
     for subnet in facts.subnets.iter() {
         if let Some(source) = facts.own.bases().of_family(subnet.addr()) {
-            let route = Object::Route { link: LINK.into(), source, mtu: facts.mtu };
+            let route = Object::Route {
+                link: LINK.into(),
+                source,
+                mtu: facts.mtu,
+            };
             objects.insert(Key::Route(subnet), route);
         }
     }
@@ -222,9 +292,21 @@ fn policy(
     template: Template,
 ) {
     let protocol = udp.map_or(0, |_| UDP);
-    let selector = Selector { src, dst, protocol, sport: udp, dport: udp, ifindex: 0 };
+    let selector = Selector {
+        src,
+        dst,
+        protocol,
+        sport: udp,
+        dport: udp,
+        ifindex: 0,
+    };
     let id = PolicyId { direction, selector };
-    let policy = Policy { id: id.clone(), priority, action: Action::Allow, template: Some(template) };
+    let policy = Policy {
+        id: id.clone(),
+        priority,
+        action: Action::Allow,
+        template: Some(template),
+    };
     objects.insert(Key::Policy(id), Object::Policy(Box::new(policy)));
 }
 
@@ -237,7 +319,10 @@ const UDP: u8 = 17;
 fn incoming(facts: &PeerFacts) -> (IpAddr, IpAddr) {
     let made = facts.associations.iter().filter(|a| a.direction == Direction::In);
     let mut ends: BTreeSet<(IpAddr, IpAddr)> = made.map(|a| (a.path.remote, a.path.local)).collect();
-    let left = facts.inherited.iter().filter(|sa| Spi(sa.spi).parts().is_ok_and(|p| p.slot == facts.slot));
+    let left = facts
+        .inherited
+        .iter()
+        .filter(|sa| Spi(sa.spi).parts().is_ok_and(|p| p.slot == facts.slot));
     ends.extend(left.map(|sa| (sa.src, sa.dst)));
     ends.insert((facts.path.remote, facts.path.local));
     match ends.pop_first() {
@@ -255,15 +340,32 @@ pub fn spi(sender: Slot, generation: Generation) -> Spi {
 }
 
 fn sa(association: &Association, facts: &PeerFacts) -> Sa {
-    let Association { generation, direction, cipher, path } = *association;
+    let Association {
+        generation,
+        direction,
+        cipher,
+        path,
+    } = *association;
     let inward = direction == Direction::In;
-    let (src, dst) = if inward { (path.remote, path.local) } else { (path.local, path.remote) };
+    let (src, dst) = if inward {
+        (path.remote, path.local)
+    } else {
+        (path.local, path.remote)
+    };
     let sender = if inward { facts.slot } else { facts.own_slot };
     let encap = path.udp.map(|(ours, theirs)| match inward {
-        true => Encap { sport: theirs, dport: ours },
-        false => Encap { sport: ours, dport: theirs },
+        true => Encap {
+            sport: theirs,
+            dport: ours,
+        },
+        false => Encap {
+            sport: ours,
+            dport: theirs,
+        },
     });
-    let directed = facts.directed.then_some(direction);
+    let directed = facts
+        .directed
+        .then_some(if inward { SaDirection::In } else { SaDirection::Out });
     Sa {
         src,
         dst,
@@ -276,10 +378,18 @@ fn sa(association: &Association, facts: &PeerFacts) -> Sa {
         },
         encap,
         // A directed sending SA has no window; the kernel refuses one.
-        replay_window: if directed == Some(Direction::Out) { 0 } else { REPLAY_WINDOW },
+        replay_window: if directed == Some(SaDirection::Out) {
+            0
+        } else {
+            REPLAY_WINDOW
+        },
         esn: true,
         direction: directed,
-        limits: Limits { soft_packets: SOFT_PACKETS, hard_packets: HARD_PACKETS, ..Limits::NONE },
+        limits: Limits {
+            soft_packets: SOFT_PACKETS,
+            hard_packets: HARD_PACKETS,
+            ..Limits::default()
+        },
         af_unspec: true,
     }
 }

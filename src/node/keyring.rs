@@ -43,7 +43,7 @@ impl Node {
         }
     }
 
-    fn derive(&mut self, name: &NodeName, sending: Generation) -> Option<()> {
+    pub(super) fn derive(&mut self, name: &NodeName, sending: Generation) -> Option<()> {
         let peer = self.peers.get_mut(name)?;
         if peer.keys.contains_key(&sending) {
             return Some(());
@@ -52,12 +52,36 @@ impl Node {
         let theirs = peer.epochs.get(&sending.receiver)?;
         let kid = keys::common_kid(&own.statement.kids, &theirs.statement.kids)?;
         let psk = self.psks.iter().find(|psk| psk.kid() == kid)?;
-        let derived = keys::Pair::derive(psk, &own.secret, &own.encoded, &theirs.statement.public, &theirs.encoded);
+        let derived = keys::Pair::derive(
+            psk,
+            &own.secret,
+            &own.encoded,
+            &theirs.statement.public,
+            &theirs.encoded,
+        );
         match derived {
-            Ok(keys::Pair { outbound, inbound, probe }) => {
-                let spent = self.spent.get(&sending.sender).is_some_and(|all| all.contains(&theirs.statement.public));
-                let outbound = if spent { Unused::Spent } else { Unused::Fresh(Box::new(outbound)) };
-                peer.keys.insert(sending, Keys { outbound, inbound, probe });
+            Ok(keys::Pair {
+                outbound,
+                inbound,
+                probe,
+            }) => {
+                let spent = self
+                    .spent
+                    .get(&sending.sender)
+                    .is_some_and(|all| all.contains(&theirs.statement.public));
+                let outbound = if spent {
+                    Unused::Spent
+                } else {
+                    Unused::Fresh(Box::new(outbound))
+                };
+                peer.keys.insert(
+                    sending,
+                    Keys {
+                        outbound,
+                        inbound,
+                        probe,
+                    },
+                );
                 Some(())
             }
             Err(error) => {

@@ -16,20 +16,28 @@ impl Node {
     /// The mesh MTU: the largest inner packet whose ESP fits the uplink, bytes.
     pub fn mtu(&self) -> Option<u32> {
         let uplink = self.uplink.as_ref()?;
-        let computed = inner_mtu(uplink.mtu, self.settings.cipher, uplink.public.v4.is_none(), self.udp(None));
+        let computed = inner_mtu(
+            uplink.mtu,
+            self.settings.cipher,
+            uplink.public.v4.is_none(),
+            self.udp(None),
+        );
         self.settings.mtu.or(computed)
     }
 
     /// Whether ESP travels in UDP: where either end wants it.
-    fn udp(&self, peer: Option<&Statement>) -> bool {
+    pub(super) fn udp(&self, peer: Option<&Statement>) -> bool {
         let wants = |encap: &Encap| encap.mode == EncapMode::Udp;
         wants(&self.settings.encap) || peer.is_some_and(|peer| wants(&peer.encap))
     }
 
     /// Whether any pair needs the UDP encapsulation socket, and the local addresses and port it is for.
-    pub fn encapsulates(&self) -> Option<(crate::lease::Addresses, u16)> {
+    pub fn encapsulates(&self) -> Option<(Addresses, u16)> {
         let any = self.udp(None)
-            || self.peers.values().any(|peer| peer.epochs.values().any(|epoch| self.udp(Some(&epoch.statement))));
+            || self
+                .peers
+                .values()
+                .any(|peer| peer.epochs.values().any(|epoch| self.udp(Some(&epoch.statement))));
         let local = self.uplink.as_ref()?.local;
         any.then_some((local, self.settings.encap.port))
     }
@@ -45,7 +53,10 @@ impl Node {
                 masquerade: self.settings.masquerade,
                 random_fully: self.settings.random_fully,
             }),
-            Scope::Peer(name) => self.peer_facts(name).map(|facts| ipsec::peer(&facts)).unwrap_or_default(),
+            Scope::Peer(name) => self
+                .peer_facts(name)
+                .map(|facts| ipsec::peer(&facts))
+                .unwrap_or_default(),
             Scope::Orphans => Objects::new(),
         }
     }
@@ -67,14 +78,20 @@ impl Node {
             .collect();
         let through = |generation: Generation| {
             let path = self.path(peer, generation)?;
-            Some(Through { src: path.local, dst: path.remote, spi: ipsec::spi(own_slot, generation).0 })
+            Some(Through {
+                src: path.local,
+                dst: path.remote,
+                spi: ipsec::spi(own_slot, generation).0,
+            })
         };
         let data = match peer.pair.data() {
             Data::Held => None,
             Data::On(generation) => through(generation),
-            Data::Inherited(id) => {
-                peer.leftovers.get(&id).map(|sa| Through { src: sa.src, dst: sa.dst, spi: sa.spi })
-            }
+            Data::Inherited(id) => peer.leftovers.get(&id).map(|sa| Through {
+                src: sa.src,
+                dst: sa.dst,
+                spi: sa.spi,
+            }),
         };
         let statement = &peer.epochs.get(&newest.receiver)?.statement;
         let mesh = self.mtu()?;
@@ -96,7 +113,7 @@ impl Node {
     }
 
     /// The outer path of our sending `generation`: IPv4 where both have it.
-    fn path(&self, peer: &Peer, generation: Generation) -> Option<Path> {
+    pub(super) fn path(&self, peer: &Peer, generation: Generation) -> Option<Path> {
         let own = self.own.get(&generation.sender)?;
         let theirs = &peer.epochs.get(&generation.receiver)?.statement;
         let (local, remote) = outer(own.local, theirs)?;
@@ -106,7 +123,7 @@ impl Node {
     }
 
     /// The SA of our sending `generation` or of its reverse; `None` where no key can be made for it.
-    fn association(&self, peer: &Peer, sending: Generation, direction: Direction) -> Option<Association> {
+    pub(super) fn association(&self, peer: &Peer, sending: Generation, direction: Direction) -> Option<Association> {
         let path = self.path(peer, sending)?;
         let own = &self.own.get(&sending.sender)?.statement;
         let theirs = &peer.epochs.get(&sending.receiver)?.statement;
@@ -118,12 +135,17 @@ impl Node {
             Direction::Out => (sending, own.cipher),
             Direction::In | Direction::Fwd => (sending.reverse(), theirs.cipher),
         };
-        Some(Association { generation, direction, cipher, path })
+        Some(Association {
+            generation,
+            direction,
+            cipher,
+            path,
+        })
     }
 }
 
 /// The addresses that a generation's outer packets go between: IPv4 where both ends have it.
-fn outer(local: crate::lease::Addresses, theirs: &Statement) -> Option<(IpAddr, IpAddr)> {
-    let public: crate::lease::Addresses = theirs.addresses.iter().copied().collect();
+fn outer(local: Addresses, theirs: &Statement) -> Option<(IpAddr, IpAddr)> {
+    let public: Addresses = theirs.addresses.iter().copied().collect();
     local.iter().find_map(|local| Some((local, public.of_family(local)?)))
 }

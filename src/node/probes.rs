@@ -12,6 +12,9 @@ use crate::kernel::Scope;
 use crate::lease::NodeName;
 use crate::probe::{Probe, Schedule};
 
+/// How often own epochs are looked through for what can be wiped.
+const TIDY: Duration = Duration::from_secs(5);
+
 impl Node {
     /// A datagram came from `from` to the probe port. Returns the answer, where one is due.
     pub fn probed(&mut self, from: IpAddr, bytes: &[u8], now: Duration) -> Option<Datagram> {
@@ -40,7 +43,11 @@ impl Node {
         } else {
             self.retimed(&name, |_| {});
         }
-        if probe.ask { self.datagram(&name, false, probe.ticket, now) } else { None }
+        if probe.ask {
+            self.datagram(&name, false, probe.ticket, now)
+        } else {
+            None
+        }
     }
 
     fn datagram(&mut self, name: &NodeName, ask: bool, ticket: u64, now: Duration) -> Option<Datagram> {
@@ -56,16 +63,24 @@ impl Node {
         if ask {
             peer.asked = Some((ticket, data, now));
         }
-        let probe = Probe { ask, sent, data, ticket };
-        Some(Datagram { to, bytes: probe.seal(&peer.keys.get(&sent)?.probe) })
+        let probe = Probe {
+            ask,
+            sent,
+            data,
+            ticket,
+        };
+        Some(Datagram {
+            to,
+            bytes: probe.seal(&peer.keys.get(&sent)?.probe),
+        })
     }
 
     /// When [`Node::tick`] next has something to do.
     pub fn deadline(&self, now: Duration) -> Option<Duration> {
-        let newest = self.own.values().next_back().map(|own| own.begun);
-        let epoch = newest.map(|begun| match self.wanted {
-            Some(cause) => begun + patience(cause),
-            None => begun + self.settings.rekey_after,
+        let newest = self.own.values().next_back().filter(|_| self.ready());
+        let epoch = newest.map(|own| match self.wanted {
+            Some(cause) => own.begun + patience(cause),
+            None => own.ages,
         });
         let first = self.due.first().map(|(due, _)| *due);
         first.into_iter().chain(epoch).min().map(|at| at.max(now))
@@ -79,7 +94,10 @@ impl Node {
                 break;
             }
             self.due.pop_first();
-            let Some(peer) = self.peers.get_mut(&name) else { continue };
+            let Some(peer) = self.peers.get_mut(&name) else {
+                continue;
+            };
+            peer.queued = None;
             if peer.pair.tick(now) {
                 self.dirty.insert(Scope::Peer(name.clone()));
             }
@@ -89,44 +107,53 @@ impl Node {
                 self.ticket += 1;
                 datagrams.extend(self.datagram(&name, true, self.ticket, now));
             }
+            self.forget_keys(&name);
             self.retimed(&name, |_| {});
         }
-        self.forget();
+        if self.own.len() > 1 && now >= self.tidied + TIDY {
+            self.tidied = now;
+            self.forget_epochs();
+        }
         datagrams
     }
 
-    /// Wipes what no live generation needs: keys, peers' statements, own secrets.
-    fn forget(&mut self) {
-        let Some(newest) = self.epoch() else { return };
-        for peer in self.peers.values_mut().filter(|peer| peer.keys.len() + peer.epochs.len() > 2) {
-            let (pair, epochs) = (&peer.pair, &mut peer.epochs);
-            let sending = pair.sending();
-            let receiving: BTreeSet<Generation> = pair.receiving().map(Generation::reverse).collect();
-            let used = |g: &Generation| sending.contains(g) || receiving.contains(g);
-            let alive = |g: &Generation| pair.needs(g.sender) && pair.holds(g.receiver);
-            peer.keys.retain(|g, _| used(g) || alive(g));
-            epochs.retain(|e, _| pair.holds(*e) || sending.iter().chain(&receiving).any(|g| g.receiver == *e));
+    /// Wipes a peer's keys and statements that no live generation needs.
+    fn forget_keys(&mut self, name: &NodeName) {
+        let Some(peer) = self.peers.get_mut(name) else { return };
+        let (pair, epochs) = (&peer.pair, &mut peer.epochs);
+        let used: BTreeSet<Generation> = pair
+            .sending()
+            .into_iter()
+            .chain(pair.receiving().map(Generation::reverse))
+            .collect();
+        let alive = |g: &Generation| pair.needs(g.sender) && pair.holds(g.receiver);
+        peer.keys.retain(|g, _| used.contains(g) || alive(g));
+        epochs.retain(|epoch, _| pair.holds(*epoch) || used.iter().any(|g| g.receiver == *epoch));
+    }
+
+    /// Wipes own secrets that no live generation needs.
+    fn forget_epochs(&mut self) {
+        let mut needed: BTreeSet<Epoch> = self.epoch().into_iter().collect();
+        for peer in self.peers.values() {
+            needed.extend(self.own.keys().filter(|epoch| peer.pair.needs(**epoch)));
+            needed.extend(peer.pair.sending().iter().map(|g| g.sender));
+            needed.extend(peer.pair.receiving().map(|g| g.receiver));
         }
-        if self.own.len() > 1 {
-            let peers = &self.peers;
-            let needed = |epoch: &Epoch| {
-                peers.values().any(|peer| {
-                    let sending = peer.pair.sending().iter().any(|g| g.sender == *epoch);
-                    peer.pair.needs(*epoch) || sending || peer.pair.receiving().any(|g| g.receiver == *epoch)
-                })
-            };
-            self.own.retain(|epoch, _| *epoch == newest || needed(epoch));
-            let own = &self.own;
-            self.spent.retain(|epoch, _| own.contains_key(epoch));
-        }
+        self.own.retain(|epoch, _| needed.contains(epoch));
+        self.spent.retain(|epoch, _| needed.contains(epoch));
     }
 
     /// Changes a peer and puts it at its right place among what is due.
-    fn retimed(&mut self, name: &NodeName, change: impl FnOnce(&mut Peer)) {
+    pub(super) fn retimed(&mut self, name: &NodeName, change: impl FnOnce(&mut Peer)) {
         let Some(peer) = self.peers.get_mut(name) else { return };
-        let due = |peer: &Peer| peer.pair.deadline().map_or(peer.schedule.due(), |d| d.min(peer.schedule.due()));
-        self.due.remove(&(due(peer), name.clone()));
         change(peer);
-        self.due.insert((due(peer), name.clone()));
+        let due = peer
+            .pair
+            .deadline()
+            .map_or(peer.schedule.due(), |deadline| deadline.min(peer.schedule.due()));
+        if let Some(queued) = peer.queued.replace(due) {
+            self.due.remove(&(queued, name.clone()));
+        }
+        self.due.insert((due, name.clone()));
     }
 }

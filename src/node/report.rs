@@ -1,0 +1,278 @@
+//! What the node shows of itself and of every peer: the value behind `status`, its JSON and the audit.
+
+use std::collections::BTreeMap;
+use std::time::Duration;
+
+use serde::{Deserialize, Serialize};
+use xfrm::SaId;
+
+use super::{Known, Node, Peer};
+use crate::admission::Refusal;
+use crate::backend::ipsec;
+use crate::epochs::{Data, Generation};
+use crate::kernel::Counters;
+use crate::lease::NodeName;
+
+/// The whole picture, as JSON shows it.
+#[derive(Clone, Debug, Deserialize, PartialEq, Serialize)]
+pub struct Report {
+    /// This node's name.
+    pub node: String,
+    /// The mesh's ranges.
+    pub network: Vec<String>,
+    /// The own subnets; empty while there is no lease.
+    pub subnets: Vec<String>,
+    /// The own public addresses.
+    pub public: Vec<String>,
+    /// The uplink's name.
+    pub uplink: Option<String>,
+    /// The mesh MTU, bytes.
+    pub mtu: Option<u32>,
+    /// The cipher that this node sends with.
+    pub cipher: String,
+    /// Whether ESP travels in UDP: `false`, `true` or `auto`.
+    pub encap: String,
+    /// The newest own epoch.
+    pub epoch: Option<u64>,
+    /// Its age, seconds.
+    pub epoch_age: Option<u64>,
+    /// The PSKs held, newest first, by kid.
+    pub kids: Vec<String>,
+    /// Whether the roster is complete.
+    pub complete: bool,
+    /// What is wrong with this node; empty where nothing is.
+    pub problems: Vec<String>,
+    /// What the store holds that is no lease → why.
+    pub rejected: BTreeMap<String, String>,
+    /// Every other node, by name.
+    pub peers: Vec<PeerReport>,
+}
+
+/// How a peer stands.
+#[derive(Clone, Copy, Debug, Deserialize, Eq, Ord, PartialEq, PartialOrd, Serialize)]
+#[serde(rename_all = "kebab-case")]
+pub enum State {
+    /// Data goes, on the newest generation.
+    Up,
+    /// Data goes, and is moving to a newer generation.
+    Moving,
+    /// Data goes on what an earlier process left, until the first generation is confirmed.
+    Kept,
+    /// No data yet: no probe has come back.
+    Waiting,
+    /// Its lease is not believed.
+    Refused,
+}
+
+/// One peer.
+#[derive(Clone, Debug, Deserialize, PartialEq, Serialize)]
+pub struct PeerReport {
+    /// Its name.
+    pub node: String,
+    /// Its subnets.
+    pub subnets: Vec<String>,
+    /// The address that its ESP goes to, or its public addresses where it is not served.
+    pub address: String,
+    /// How it stands.
+    pub state: State,
+    /// Why it is not up, or what was refused although it is; with the remedy.
+    pub reason: Option<String>,
+    /// The generation that data goes on: own epoch > peer's.
+    pub generation: Option<String>,
+    /// The newest generation there is, where data is not on it.
+    pub newest: Option<String>,
+    /// The SPI that we send on.
+    pub spi_out: Option<String>,
+    /// The SPI that the peer said it sends on.
+    pub spi_in: Option<String>,
+    /// `esp` or `udp`.
+    pub encap: Option<String>,
+    /// Seconds since a probe last came from it.
+    pub heard: Option<f64>,
+    /// The last probe's round trip, milliseconds.
+    pub round_trip: Option<f64>,
+    /// Bytes sent, over the SAs that the kernel holds.
+    pub bytes_out: u64,
+    /// Bytes received.
+    pub bytes_in: u64,
+    /// Packets sent.
+    pub packets_out: u64,
+    /// Packets received.
+    pub packets_in: u64,
+    /// Packets refused: failed integrity check, replayed, outside the window.
+    pub errors: u64,
+}
+
+impl Node {
+    /// The picture at `now`. `counters` are the kernel's, by SA.
+    pub fn report(&self, counters: &BTreeMap<SaId, Counters>, now: Duration) -> Report {
+        let newest = self.own.last_key_value();
+        let texts = |items: &mut dyn Iterator<Item = String>| items.collect::<Vec<_>>();
+        let mut problems = Vec::new();
+        if self.uplink.is_none() {
+            problems.push("no uplink yet: no interface fits; see --iface".to_owned());
+        }
+        if self.held.is_none() {
+            problems.push("no lease yet".to_owned());
+        }
+        if self.psks.is_empty() {
+            problems.push("no PSK".to_owned());
+        }
+        if let Some(Refusal::Conflict { claim, others }) = self.claims.conflict(&self.settings.name) {
+            let others: Vec<String> = others.iter().map(ToString::to_string).collect();
+            problems.push(format!(
+                "{claim} of this node is also claimed by {}: remove that lease",
+                others.join(", ")
+            ));
+        }
+        Report {
+            node: self.settings.name.to_string(),
+            network: texts(&mut self.settings.network.nets().map(|net| net.to_string())),
+            subnets: texts(
+                &mut self
+                    .held
+                    .iter()
+                    .flat_map(|(subnets, _)| subnets.iter())
+                    .map(|n| n.to_string()),
+            ),
+            public: texts(&mut self.uplink.iter().flat_map(|u| u.public.iter()).map(|a| a.to_string())),
+            uplink: self.uplink.as_ref().map(|uplink| uplink.name.clone()),
+            mtu: self.mtu(),
+            cipher: self.settings.cipher.to_string(),
+            encap: mode(self.settings.encap.mode).into(),
+            epoch: newest.map(|(epoch, _)| epoch.0),
+            epoch_age: newest.map(|(_, own)| now.saturating_sub(own.begun).as_secs()),
+            kids: texts(&mut self.psks.iter().map(|psk| psk.kid().to_string())),
+            complete: false,
+            problems,
+            rejected: BTreeMap::new(),
+            peers: self
+                .known
+                .iter()
+                .map(|(name, known)| self.peer_report(name, known, counters, now))
+                .collect(),
+        }
+    }
+
+    fn peer_report(
+        &self,
+        name: &NodeName,
+        known: &Known,
+        counters: &BTreeMap<SaId, Counters>,
+        now: Duration,
+    ) -> PeerReport {
+        let mut report = PeerReport {
+            node: name.to_string(),
+            subnets: known.lease.subnets.iter().map(|net| net.to_string()).collect(),
+            address: known.lease.public.to_string(),
+            state: State::Refused,
+            reason: known.refusal.as_ref().map(ToString::to_string),
+            generation: None,
+            newest: None,
+            spi_out: None,
+            spi_in: None,
+            encap: None,
+            heard: None,
+            round_trip: None,
+            bytes_out: 0,
+            bytes_in: 0,
+            packets_out: 0,
+            packets_in: 0,
+            errors: 0,
+        };
+        let Some(peer) = self.peers.get(name) else {
+            return report;
+        };
+        self.serving(peer, &mut report, now);
+        if let Some(refusal) = &known.refusal {
+            report.reason = Some(format!(
+                "the newest lease is refused, its last good one serves: {refusal}"
+            ));
+        }
+        for key in self.desired(&crate::kernel::Scope::Peer(name.clone())).keys() {
+            let crate::kernel::Key::Sa(id) = key else { continue };
+            let Some(count) = counters.get(id) else { continue };
+            if super::sender(id) == self.held.map(|(_, slot)| slot) {
+                report.bytes_out += count.bytes;
+                report.packets_out += count.packets;
+            } else {
+                report.bytes_in += count.bytes;
+                report.packets_in += count.packets;
+            }
+            report.errors += count.errors;
+        }
+        report
+    }
+
+    fn serving(&self, peer: &Peer, report: &mut PeerReport, now: Duration) {
+        let newest = peer.pair.newest();
+        let path = newest.and_then(|newest| self.path(peer, newest));
+        let spi = |slot, generation| Some(ipsec::spi(slot, generation).to_string());
+        let own_slot = self.held.map(|(_, slot)| slot);
+        (report.state, report.reason) = match peer.pair.data() {
+            Data::On(generation) if Some(generation) == newest => (State::Up, None),
+            Data::On(_) => (State::Moving, None),
+            Data::Inherited(_) => (
+                State::Kept,
+                Some("keys of an earlier process, until a probe comes back".into()),
+            ),
+            Data::Held => (State::Waiting, Some(self.why_waiting(peer, newest))),
+        };
+        if let Data::On(generation) = peer.pair.data() {
+            report.generation = Some(generation.to_string());
+            report.spi_out = own_slot.and_then(|slot| spi(slot, generation));
+        }
+        if let Data::Inherited(id) = peer.pair.data() {
+            report.spi_out = Some(keys::Spi(id.spi).to_string());
+        }
+        report.newest = newest
+            .filter(|_| report.state != State::Up)
+            .map(|newest| newest.to_string());
+        report.spi_in = peer.pair.said().and_then(|said| spi(peer.slot, said));
+        report.encap = path.map(|path| if path.udp.is_some() { "udp" } else { "esp" }.into());
+        if let Some(path) = path {
+            report.address = path.remote.to_string();
+        }
+        report.heard = peer.pair.heard().map(|heard| now.saturating_sub(heard).as_secs_f64());
+        report.round_trip = peer.round_trip.map(|time| time.as_secs_f64() * 1000.0);
+        if let Some(trouble) = &peer.trouble {
+            report.reason = Some(trouble.clone());
+        }
+    }
+
+    fn why_waiting(&self, peer: &Peer, newest: Option<Generation>) -> String {
+        let Some(newest) = newest else {
+            return "this node has no epoch yet".into();
+        };
+        if self.path(peer, newest).is_none() {
+            let theirs = peer
+                .epochs
+                .get(&newest.receiver)
+                .map(|epoch| epoch.statement.addresses.as_slice());
+            let theirs = theirs
+                .unwrap_or_default()
+                .iter()
+                .map(ToString::to_string)
+                .collect::<Vec<_>>()
+                .join(" ");
+            let ours = self
+                .uplink
+                .as_ref()
+                .map(|uplink| uplink.public.to_string())
+                .unwrap_or_default();
+            return Refusal::NoCommonFamily { theirs, ours }.to_string();
+        }
+        if self.association(peer, newest, xfrm::Direction::Out).is_none() {
+            return "no common PSK with its newest epoch: give both nodes the same key".into();
+        }
+        "no probe came back yet: is its daemon running, does it see this node's lease, does ESP (or UDP) pass?".into()
+    }
+}
+
+fn mode(mode: keys::EncapMode) -> &'static str {
+    match mode {
+        keys::EncapMode::Esp => "false",
+        keys::EncapMode::Udp => "true",
+        keys::EncapMode::Auto => "auto",
+    }
+}
