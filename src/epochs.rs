@@ -196,17 +196,19 @@ impl Pair {
         self.outbound.remove(&generation);
     }
 
-    /// An SA of this process is gone from the kernel. True if only a new epoch of ours can mend it.
-    pub fn lost(&mut self, generation: Generation) -> bool {
-        let inbound = self.inbound.remove(&generation);
-        if let Some(state) = self.outbound.get_mut(&generation) {
-            let live = *state == Send::Live;
-            *state = Send::Spent;
-            self.confirmed.remove(&generation);
-            return live;
+    /// The sending SA of `generation` is gone. True if only a new epoch of ours can mend it.
+    pub fn lost_sending(&mut self, generation: Generation) -> bool {
+        self.confirmed.remove(&generation);
+        match self.outbound.insert(generation, Send::Spent) {
+            Some(Send::Live) => true,
+            Some(Send::Spent) | None => false,
         }
-        // Made again it would have an empty replay window: a replayed packet would pass.
-        matches!(inbound, Some(Receive::Installed))
+    }
+
+    /// The receiving SA of `generation` is gone. True if only a new epoch of ours can mend it: made again, its replay
+    /// window would be empty, and a packet that was captured before would pass.
+    pub fn lost_receiving(&mut self, generation: Generation) -> bool {
+        matches!(self.inbound.remove(&generation), Some(Receive::Installed))
     }
 
     /// An SA of an earlier process is gone from the kernel.

@@ -6,4 +6,5 @@ pub mod kernel;
 pub mod lease;
 pub mod node;
 pub mod probe;
+pub mod reconcile;
 pub mod uplink;

@@ -346,7 +346,7 @@ impl Node {
                 self.want(Cause::Returned);
             }
             let left = self.leftovers.remove(&admitted.slot).unwrap_or_default();
-            let own_slot = self.held.map(|(_, slot)| slot);
+            let own_slot = self.slot();
             let inbound = left.sas.keys().filter(|id| sender(id) != own_slot).copied().collect();
             let inherited = Inherited {
                 inbound,
@@ -525,6 +525,16 @@ impl Node {
         std::mem::take(&mut self.dirty)
     }
 
+    /// Marks `scope` for a new look.
+    pub fn mark(&mut self, scope: Scope) {
+        self.dirty.insert(scope);
+    }
+
+    /// The own slot, once there is a lease.
+    pub fn slot(&self) -> Option<Slot> {
+        self.held.map(|(_, slot)| slot)
+    }
+
     /// Marks everything for a new look.
     pub fn everything_dirty(&mut self) {
         self.dirty.insert(Scope::Node);
@@ -533,7 +543,7 @@ impl Node {
 
     /// The kernel holds an SA of this process that it did not hold before.
     pub fn made(&mut self, name: &NodeName, sa: &SaId, born: Generation, now: Duration) {
-        let own_slot = self.held.map(|(_, slot)| slot);
+        let own_slot = self.slot();
         if sender(sa) == own_slot {
             return;
         }
@@ -549,14 +559,18 @@ impl Node {
 
     /// An SA is gone from the kernel by another's hand, or by its limit.
     pub fn lost(&mut self, name: &NodeName, sa: &SaId, born: Option<Generation>) {
+        let own_slot = self.slot();
         let Some(peer) = self.peers.get_mut(name) else { return };
-        match born {
-            Some(generation) => {
-                if peer.pair.lost(generation) {
-                    self.want(Cause::Lost);
-                }
+        let mends = match born {
+            Some(generation) if sender(sa) == own_slot => peer.pair.lost_sending(generation),
+            Some(generation) => peer.pair.lost_receiving(generation),
+            None => {
+                peer.pair.lost_inherited(sa);
+                false
             }
-            None => peer.pair.lost_inherited(sa),
+        };
+        if mends {
+            self.want(Cause::Lost);
         }
         self.dirty.insert(Scope::Peer(name.clone()));
     }

@@ -33,8 +33,11 @@ impl Node {
         Some(key)
     }
 
-    /// The kernel refused a sending SA for sure: its key was never used and may be tried again.
+    /// The kernel refused the SA that `key` was for, so it was never used: a sending one may be tried again.
     pub fn refused(&mut self, name: &NodeName, born: Generation, key: SaKey) {
+        if key.spi().parts().ok().map(|parts| parts.slot) != self.slot() {
+            return;
+        }
         if let Some(peer) = self.peers.get_mut(name) {
             if let Some(keys) = peer.keys.get_mut(&born) {
                 keys.outbound = Unused::Back(key);

@@ -1,0 +1,487 @@
+//! The reconciler: what is dirty is planned, compared with the kernel and written, in order, scope by scope.
+//!
+//! One pass is synchronous. The first failure in a peer's scope ends that scope for the pass, so that a failed SA is
+//! never followed by the removal of the old one; the other peers go on. A failure in the node's scope stops the peers
+//! too: without the guard nothing is opened. A scope that failed is tried again, backing off. What is ours by its mark
+//! and wanted by nobody is swept, but only once the roster is complete.
+
+use std::collections::{BTreeMap, BTreeSet};
+use std::error::Error as _;
+use std::time::Duration;
+
+use keys::{Epoch, EpochSecret, Spi};
+use ring::rand::SecureRandom;
+use tracing::{debug, error, info, warn};
+use xfrm::SaId;
+
+use crate::kernel::{
+    Counters, Datapath, Event, Key, Kind, Object, Objects, Op, Refused, Scope, Write, WriteError, diff, order,
+    reqid_slot,
+};
+use crate::lease::NodeName;
+use crate::node::{Cause, Node};
+
+/// The first wait before a failed scope is tried again; it doubles up to [`SLOWEST`].
+const FIRST: Duration = Duration::from_millis(500);
+/// The longest such wait.
+const SLOWEST: Duration = Duration::from_secs(30);
+/// So many rounds a pass at most: each lets what the one before made known take effect.
+const ROUNDS: usize = 8;
+
+#[derive(Clone, Debug)]
+struct Failing {
+    error: String,
+    wait: Duration,
+    next: Duration,
+}
+
+/// The node, its kernel, and what is known of either.
+#[derive(Debug)]
+pub struct Reconciler<D> {
+    /// The node's decisions.
+    pub node: Node,
+    kernel: D,
+    actual: Objects,
+    owner: BTreeMap<Key, Scope>,
+    owned: BTreeMap<Scope, BTreeSet<Key>>,
+    failing: BTreeMap<Scope, Failing>,
+    complete: bool,
+    stale: bool,
+    writes: u64,
+}
+
+impl<D: Datapath> Reconciler<D> {
+    /// Reads the kernel; `node` is made from what an earlier process left there.
+    pub fn new(mut kernel: D, node: impl FnOnce(&Objects) -> Node) -> Result<Self, WriteError> {
+        let actual = kernel.dump()?;
+        Ok(Self {
+            node: node(&actual),
+            kernel,
+            actual,
+            owner: BTreeMap::new(),
+            owned: BTreeMap::new(),
+            failing: BTreeMap::new(),
+            complete: false,
+            stale: false,
+            writes: 0,
+        })
+    }
+
+    /// The roster is complete: what nobody wants may be swept.
+    pub fn completed(&mut self) {
+        self.complete = true;
+    }
+
+    /// Whether the roster was ever complete.
+    pub fn is_complete(&self) -> bool {
+        self.complete
+    }
+
+    /// What the kernel holds of ours, as far as is known.
+    pub fn actual(&self) -> &Objects {
+        &self.actual
+    }
+
+    /// The kernel itself.
+    pub fn kernel(&mut self) -> &mut D {
+        &mut self.kernel
+    }
+
+    /// How many operations were written so far.
+    pub fn writes(&self) -> u64 {
+        self.writes
+    }
+
+    /// What every scope wants now.
+    pub fn desired(&self) -> Objects {
+        let peers = self.owned.keys().filter(|scope| matches!(scope, Scope::Peer(_)));
+        let scopes = std::iter::once(&Scope::Node).chain(peers);
+        scopes.flat_map(|scope| self.node.desired(scope)).collect()
+    }
+
+    /// What fails at present, by scope.
+    pub fn failures(&self) -> impl Iterator<Item = (&Scope, &str)> {
+        self.failing
+            .iter()
+            .map(|(scope, failing)| (scope, failing.error.as_str()))
+    }
+
+    /// The counters of our SAs.
+    pub fn counters(&mut self) -> BTreeMap<SaId, Counters> {
+        self.kernel.counters().unwrap_or_else(|error| {
+            warn!(%error, "the SAs' counters can't be read");
+            BTreeMap::new()
+        })
+    }
+
+    /// When the next pass has something to do of its own accord.
+    pub fn deadline(&self) -> Option<Duration> {
+        self.failing.values().map(|failing| failing.next).min()
+    }
+
+    /// Takes what a notification says.
+    pub fn notice(&mut self, event: Event) {
+        match event {
+            Event::Observed(key, object) => self.observed(key, object),
+            Event::Gone(key) => self.gone(&key),
+            Event::AllGone(kind) => {
+                let keys: Vec<Key> = self.actual.keys().filter(|key| key.kind() == kind).cloned().collect();
+                warn!(?kind, count = keys.len(), "flushed by another hand");
+                for key in keys {
+                    self.gone(&key);
+                }
+            }
+            Event::SoftLimit(id) => {
+                info!(spi = %Spi(id.spi), "an SA reached its soft limit");
+                self.node.want(Cause::Aged);
+            }
+            Event::Moved { id, source } => debug!(spi = %Spi(id.spi), %source, "a peer's packets come from elsewhere"),
+            Event::Overrun => self.stale = true,
+        }
+    }
+
+    fn observed(&mut self, key: Key, object: Object) {
+        let before = self.actual.get(&key);
+        let same = match (before, &object) {
+            (Some(Object::Sa { sa: before, .. }), Object::Sa { sa: now, .. }) => before == now,
+            (before, now) => before == Some(now),
+        };
+        if same {
+            return;
+        }
+        if let (Key::Sa(_), Some(_)) = (&key, before) {
+            // Its key is whatever the other hand gave it, or still ours: neither may be used on.
+            self.gone(&key);
+            return;
+        }
+        warn!(%key, "changed by another hand");
+        self.touched(&key);
+        self.actual.insert(key, object);
+    }
+
+    fn gone(&mut self, key: &Key) {
+        let Some(object) = self.actual.remove(key) else { return };
+        warn!(%key, "removed by another hand or by its limit");
+        self.touched(key);
+        if let (Key::Sa(id), Object::Sa { born, .. }, Some(Scope::Peer(name))) = (key, object, self.owner.get(key)) {
+            let name = name.clone();
+            self.node.lost(&name, id, born);
+        }
+    }
+
+    fn touched(&mut self, key: &Key) {
+        let scope = self.owner.get(key).cloned().unwrap_or(Scope::Orphans);
+        self.node.mark(scope);
+    }
+
+    /// Reads the kernel anew and takes every difference as noticed.
+    pub fn resync(&mut self) -> Result<(), WriteError> {
+        let fresh = self.kernel.dump()?;
+        self.stale = false;
+        let gone: Vec<Key> = self
+            .actual
+            .keys()
+            .filter(|key| !fresh.contains_key(*key))
+            .cloned()
+            .collect();
+        for key in gone {
+            self.gone(&key);
+        }
+        for (key, object) in fresh {
+            if matches!((&key, self.actual.get(&key)), (Key::Sa(_), Some(_))) {
+                // The kernel's own view of an SA's attributes may be narrower than what was written.
+                continue;
+            }
+            self.observed(key, object);
+        }
+        Ok(())
+    }
+
+    /// Whether notifications were lost, so that only [`Reconciler::resync`] tells what the kernel holds.
+    pub fn is_stale(&self) -> bool {
+        self.stale
+    }
+
+    /// Begins an epoch where one is wanted: the number follows `previous`, the store's, and the clock's `unix`
+    /// seconds. Publish the node's lease after the next pass. Returns why it began.
+    pub fn begin_epoch(
+        &mut self,
+        previous: Option<Epoch>,
+        unix: u64,
+        random: &dyn SecureRandom,
+        now: Duration,
+    ) -> Option<Cause> {
+        let cause = self.node.wants_epoch(now)?;
+        let number = match keys::next_epoch(previous.max(self.node.epoch()), unix, &self.taken()) {
+            Ok(number) => number,
+            Err(error) => {
+                error!(%error, "no new epoch");
+                return None;
+            }
+        };
+        let mut jitter = [0; 2];
+        let secret = EpochSecret::generate(random).and_then(|secret| {
+            random.fill(&mut jitter).map_err(|_| keys::NoRandom)?;
+            Ok(secret)
+        });
+        let secret = match secret {
+            Ok(secret) => secret,
+            Err(error) => {
+                error!(%error, "no new epoch");
+                return None;
+            }
+        };
+        info!(epoch = %number, ?cause, "a new epoch begins");
+        self.node
+            .begin_epoch(number, secret, now, f64::from(u16::from_be_bytes(jitter)) / 65536.0);
+        Some(cause)
+    }
+
+    /// What our own epochs' numbers are modulo 64 in every SA that the kernel holds.
+    fn taken(&self) -> BTreeSet<u8> {
+        let own = self.node.slot();
+        let sas = self.actual.iter().filter_map(|(key, object)| match (key, object) {
+            (Key::Sa(id), Object::Sa { sa, .. }) => reqid_slot(sa.reqid).and(Spi(id.spi).parts().ok()),
+            _ => None,
+        });
+        sas.map(|parts| {
+            if Some(parts.slot) == own {
+                parts.sender_mod64
+            } else {
+                parts.receiver_mod64
+            }
+        })
+        .collect()
+    }
+
+    /// Plans, compares and writes all that is dirty or due.
+    pub fn pass(&mut self, now: Duration) {
+        if self.stale
+            && let Err(error) = self.resync()
+        {
+            error!(error = chain(&error), "the kernel can't be read");
+            return;
+        }
+        let due = self
+            .failing
+            .iter()
+            .filter(|(_, failing)| failing.next <= now)
+            .map(|(scope, _)| scope.clone());
+        for scope in due.collect::<Vec<_>>() {
+            self.node.mark(scope);
+        }
+        let mut tried = BTreeSet::new();
+        for _ in 0..ROUNDS {
+            let mut scopes = self.node.take_dirty();
+            // What failed in this pass waits for its time.
+            scopes.retain(|scope| !tried.contains(scope));
+            if scopes.is_empty() {
+                break;
+            }
+            let mut ops = Vec::new();
+            for scope in &scopes {
+                ops.extend(self.plan(scope).into_iter().map(|op| (scope.clone(), op)));
+            }
+            let failed = self.write(order(ops), now);
+            self.settle(&scopes, failed, now, &mut tried);
+        }
+    }
+
+    fn plan(&mut self, scope: &Scope) -> Vec<Op> {
+        if *scope == Scope::Orphans {
+            let sweep = |key: &&Key| self.complete && !self.owner.contains_key(*key);
+            return self
+                .actual
+                .keys()
+                .filter(sweep)
+                .map(|key| Op::Break(key.clone()))
+                .collect();
+        }
+        let desired = self.node.desired(scope);
+        let mut owned = self.owned.remove(scope).unwrap_or_default();
+        for key in desired.keys() {
+            if let Some(other) = self.owner.insert(key.clone(), scope.clone())
+                && other != *scope
+                && let Some(keys) = self.owned.get_mut(&other)
+            {
+                keys.remove(key);
+            }
+        }
+        let ops = diff(&desired, &owned, &self.actual);
+        owned.retain(|key| self.actual.contains_key(key));
+        owned.extend(desired.into_keys());
+        if !owned.is_empty() {
+            self.owned.insert(scope.clone(), owned);
+        }
+        ops
+    }
+
+    /// Writes ordered operations, one batch for each run of one kind; returns the scopes that failed.
+    fn write(&mut self, ops: Vec<(Scope, Op)>, now: Duration) -> BTreeMap<Scope, String> {
+        let mut failed: BTreeMap<Scope, String> = BTreeMap::new();
+        let mut ops = ops.into_iter().peekable();
+        while let Some((_, first)) = ops.peek() {
+            let run = (first.key().kind(), matches!(first, Op::Break(_)));
+            let (mut scopes, mut batch) = (Vec::new(), Vec::new());
+            while let Some((scope, op)) = ops.next_if(|(_, op)| (op.key().kind(), matches!(op, Op::Break(_))) == run) {
+                if failed.contains_key(&scope) || failed.contains_key(&Scope::Node) {
+                    continue;
+                }
+                match self.secret(&scope, &op) {
+                    Ok(secret) => {
+                        scopes.push(scope);
+                        batch.push(Write { op, secret });
+                    }
+                    Err(why) => {
+                        failed.insert(scope, why);
+                    }
+                }
+            }
+            if batch.is_empty() {
+                continue;
+            }
+            self.writes += batch.len() as u64;
+            let done: Vec<Op> = batch.iter().map(|write| write.op.clone()).collect();
+            let results = self.kernel.apply(run.0, batch);
+            for ((scope, op), result) in scopes.into_iter().zip(done).zip(results) {
+                match result {
+                    Ok(()) => self.written(&scope, op, now),
+                    Err(refused) => {
+                        let error = chain(&refused.error);
+                        self.unwritten(&scope, &op, refused);
+                        failed.entry(scope).or_insert(error);
+                    }
+                }
+            }
+        }
+        failed
+    }
+
+    /// The key of an SA that is to be made.
+    fn secret(&mut self, scope: &Scope, op: &Op) -> Result<Option<keys::SaKey>, String> {
+        let (Op::Make(Key::Sa(id), Object::Sa { sa, born }) | Op::Change(Key::Sa(id), Object::Sa { sa, born })) = op
+        else {
+            return Ok(None);
+        };
+        let Scope::Peer(name) = scope else {
+            return Err(format!("SA {} belongs to no peer", Spi(id.spi)));
+        };
+        let Some(born) = born else {
+            // What an earlier process made can't be made again.
+            self.node.lost(name, id, None);
+            return Err(format!("SA {} of an earlier process is gone", Spi(id.spi)));
+        };
+        match self.node.key(name, sa, *born) {
+            Some(key) => Ok(Some(key)),
+            None => Err(format!("no key for SA {}: a new epoch brings one", Spi(id.spi))),
+        }
+    }
+
+    fn written(&mut self, scope: &Scope, op: Op, now: Duration) {
+        debug!(%scope, %op, "done");
+        match op {
+            Op::Make(key, object) | Op::Change(key, object) => {
+                if let (Key::Sa(id), Object::Sa { born: Some(born), .. }, Scope::Peer(name)) = (&key, &object, scope) {
+                    self.node.made(name, id, *born, now);
+                }
+                self.actual.insert(key, object);
+            }
+            Op::Break(key) => {
+                self.actual.remove(&key);
+                if self.owner.get(&key) == Some(scope) {
+                    self.owner.remove(&key);
+                }
+                if let Some(owned) = self.owned.get_mut(scope) {
+                    owned.remove(&key);
+                    if owned.is_empty() {
+                        self.owned.remove(scope);
+                    }
+                }
+            }
+        }
+    }
+
+    fn unwritten(&mut self, scope: &Scope, op: &Op, refused: Refused) {
+        let Refused { error, secret } = refused;
+        if matches!(error, WriteError::Unknown { .. }) {
+            self.stale = true;
+        }
+        let (Key::Sa(id), Scope::Peer(name)) = (op.key(), scope) else {
+            return;
+        };
+        if let Op::Make(_, Object::Sa { born: Some(born), .. }) | Op::Change(_, Object::Sa { born: Some(born), .. }) =
+            op
+        {
+            match secret {
+                Some(key) => self.node.refused(name, *born, key),
+                None => self.node.lost(name, id, Some(*born)),
+            }
+        }
+    }
+
+    fn settle(
+        &mut self,
+        scopes: &BTreeSet<Scope>,
+        failed: BTreeMap<Scope, String>,
+        now: Duration,
+        tried: &mut BTreeSet<Scope>,
+    ) {
+        let stopped = failed.contains_key(&Scope::Node);
+        for scope in scopes {
+            let why = failed.get(scope).cloned();
+            let why = why.or_else(|| stopped.then(|| "the node's own objects could not be made".to_owned()));
+            if let Scope::Peer(name) = scope {
+                self.node.troubled(name, why.clone());
+            }
+            let Some(why) = why else {
+                if self.failing.remove(scope).is_some() {
+                    info!(%scope, "in order again");
+                }
+                continue;
+            };
+            let before = self.failing.get(scope);
+            if before.is_none_or(|before| before.error != why) {
+                error!(%scope, error = why, "can't be brought in order; trying again");
+            }
+            let wait = before.map_or(FIRST, |before| (before.wait * 2).min(SLOWEST));
+            self.failing.insert(
+                scope.clone(),
+                Failing {
+                    error: why,
+                    wait,
+                    next: now + wait,
+                },
+            );
+            tried.insert(scope.clone());
+        }
+    }
+
+    /// The kinds of what is ours in the kernel, counted: for the log.
+    pub fn census(&self) -> BTreeMap<Kind, usize> {
+        let mut census = BTreeMap::new();
+        for key in self.actual.keys() {
+            *census.entry(key.kind()).or_default() += 1;
+        }
+        census
+    }
+
+    /// The names of the peers that are served.
+    pub fn served(&self) -> impl Iterator<Item = &NodeName> {
+        self.owned.keys().filter_map(|scope| match scope {
+            Scope::Peer(name) => Some(name),
+            Scope::Node | Scope::Orphans => None,
+        })
+    }
+}
+
+/// An error and all that caused it, in one line.
+pub fn chain(error: &dyn std::error::Error) -> String {
+    let mut text = error.to_string();
+    let mut source = error.source();
+    while let Some(cause) = source {
+        text.push_str(": ");
+        text.push_str(&cause.to_string());
+        source = cause.source();
+    }
+    text
+}
