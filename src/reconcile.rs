@@ -6,7 +6,6 @@
 //! and wanted by nobody is swept, but only once the roster is complete.
 
 use std::collections::{BTreeMap, BTreeSet};
-use std::error::Error as _;
 use std::time::Duration;
 
 use keys::{Epoch, EpochSecret, Spi};
@@ -308,7 +307,13 @@ impl<D: Datapath> Reconciler<D> {
             }
         }
         let ops = diff(&desired, &owned, &self.actual);
-        owned.retain(|key| self.actual.contains_key(key));
+        owned.retain(|key| {
+            let there = self.actual.contains_key(key);
+            if !there && !desired.contains_key(key) && self.owner.get(key) == Some(scope) {
+                self.owner.remove(key);
+            }
+            there
+        });
         owned.extend(desired.into_keys());
         if !owned.is_empty() {
             self.owned.insert(scope.clone(), owned);
@@ -406,16 +411,20 @@ impl<D: Datapath> Reconciler<D> {
         if matches!(error, WriteError::Unknown { .. }) {
             self.stale = true;
         }
-        let (Key::Sa(id), Scope::Peer(name)) = (op.key(), scope) else {
+        let (
+            Op::Make(Key::Sa(id), Object::Sa { sa, born: Some(born) })
+            | Op::Change(Key::Sa(id), Object::Sa { sa, born: Some(born) }),
+            Scope::Peer(name),
+        ) = (op, scope)
+        else {
             return;
         };
-        if let Op::Make(_, Object::Sa { born: Some(born), .. }) | Op::Change(_, Object::Sa { born: Some(born), .. }) =
-            op
-        {
-            match secret {
-                Some(key) => self.node.refused(name, *born, key),
-                None => self.node.lost(name, id, Some(*born)),
-            }
+        let sends = Spi(sa.spi).parts().ok().map(|parts| parts.slot) == self.node.slot();
+        match secret {
+            Some(key) => self.node.refused(name, *born, key),
+            // It may have been used: only a receiving one may be tried again.
+            None if sends => self.node.lost(name, id, Some(*born)),
+            None => {}
         }
     }
 
