@@ -60,7 +60,7 @@ pub const SILENCE: Duration = Duration::from_secs(600);
 
 /// What an earlier process left in the kernel for this peer. Its keys are not known here; it serves until the first
 /// generation of this process is confirmed.
-#[derive(Clone, Debug, Default, Eq, PartialEq)]
+#[derive(Clone, Debug, Default, Eq, Hash, PartialEq)]
 pub struct Inherited {
     /// SAs that the peer may still send on.
     pub inbound: BTreeSet<SaId>,
@@ -68,7 +68,7 @@ pub struct Inherited {
     pub data: Option<SaId>,
 }
 
-#[derive(Clone, Copy, Debug, Eq, Ord, PartialEq, PartialOrd)]
+#[derive(Clone, Copy, Debug, Eq, Hash, Ord, PartialEq, PartialOrd)]
 enum Receive {
     /// To be installed.
     Wanted,
@@ -78,7 +78,7 @@ enum Receive {
     Draining(Duration),
 }
 
-#[derive(Clone, Copy, Debug, Eq, Ord, PartialEq, PartialOrd)]
+#[derive(Clone, Copy, Debug, Eq, Hash, Ord, PartialEq, PartialOrd)]
 enum Send {
     /// The kernel has it, or is about to get it.
     Live,
@@ -110,7 +110,7 @@ pub struct Rollback {
 }
 
 /// One node's view of one peer. Times are durations on one monotonic clock.
-#[derive(Clone, Debug, Default, Eq, PartialEq)]
+#[derive(Clone, Debug, Default, Eq, Hash, PartialEq)]
 pub struct Pair {
     own: BTreeSet<Epoch>,
     held: BTreeSet<Epoch>,
