@@ -1,2 +1,4 @@
 //! Placeholder of the workspace skeleton.
+pub mod config;
 pub mod lease;
+pub mod psk;
