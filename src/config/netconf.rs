@@ -568,12 +568,8 @@ impl Raw {
             }
             // Only the range's own first subnet lies before the usual first one.
             (None, Some(max)) if first > last => {
-                let min = IpAddr::from(
-                    net.subnets(subnet_len)
-                        .ok()
-                        .and_then(|mut s| s.nth(1))
-                        .map_or(max, |s| s.addr()),
-                );
+                let second = net.subnets(subnet_len).ok().and_then(|mut subnets| subnets.nth(1));
+                let min = second.map_or(max, |subnet| subnet.addr());
                 return Err(Rule::MinAboveMax {
                     min_key: keys.min,
                     min,
