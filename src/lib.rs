@@ -1,10 +1,13 @@
 //! Placeholder of the workspace skeleton.
 pub mod admission;
 pub mod backend;
+pub mod config;
 pub mod epochs;
 pub mod kernel;
 pub mod lease;
 pub mod node;
 pub mod probe;
+pub mod psk;
 pub mod reconcile;
+pub mod store;
 pub mod uplink;

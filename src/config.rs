@@ -1,0 +1,14 @@
+//! What the operator asked for: flags and environment ([`flags`]), and flannel's net-conf.json ([`netconf`]).
+//!
+//! Everything is parsed once, here, into types that can't be wrong; inside the daemon nothing is checked again. A wrong
+//! value is an error that names the key or flag, the value and what would be right; what is merely odd is a warning text.
+//! The one thing to know: nothing here falls back to an unencrypted mode. Without a `Backend` there is ipsec or an error.
+
+pub mod backend;
+mod json;
+pub mod netconf;
+pub mod subnet_env;
+
+pub use backend::{Backend, Ipsec, PskSource, UnencryptedType};
+pub use netconf::{ConfError, Context, NetConf, Overlap, check_overlap};
+pub use subnet_env::SubnetEnv;

@@ -1,0 +1,472 @@
+//! The `Backend` object of net-conf.json: which datapath, and ipsec's settings.
+//!
+//! Every type that flannel has is recognised, so that a refusal can say that it is known and not a slip of the pen.
+
+use std::path::{Path, PathBuf};
+use std::str::FromStr;
+use std::sync::Arc;
+use std::time::Duration;
+
+use keys::{Cipher, EncapMode};
+use serde::de::MapAccess;
+use zeroize::Zeroizing;
+
+use super::json::{Members, Scalar, Show, nearest, parsed, shorten, value, whole};
+use super::netconf::Rule;
+
+/// How the mesh's packets travel.
+#[derive(Clone, Debug)]
+pub enum Backend {
+    /// Inside ESP of the kernel.
+    Ipsec(Ipsec),
+    /// One of flannel's other types. What its object says beside `Type` is not looked at.
+    Other(UnencryptedType),
+}
+
+impl Backend {
+    /// The ipsec settings, or the refusal of a type that is known but not served.
+    ///
+    /// # Errors
+    /// [`NotInThisVersion`] with the type's name.
+    pub fn served(&self) -> Result<&Ipsec, NotInThisVersion> {
+        match self {
+            Self::Ipsec(ipsec) => Ok(ipsec),
+            Self::Other(kind) => Err(NotInThisVersion(*kind)),
+        }
+    }
+
+    /// The type's name as flannel writes it.
+    pub fn name(&self) -> &'static str {
+        match self {
+            Self::Ipsec(_) => "ipsec",
+            Self::Other(kind) => kind.name(),
+        }
+    }
+}
+
+/// A backend type that is known but not served.
+#[derive(Clone, Copy, Debug, Eq, PartialEq, thiserror::Error)]
+#[error("backend type {:?} is not in this version; \"ipsec\" is", .0.name())]
+pub struct NotInThisVersion(pub UnencryptedType);
+
+/// flannel's types other than ipsec (wireguard among them, which encrypts, but with no key of ours).
+#[derive(Clone, Copy, Debug, Eq, PartialEq)]
+pub enum UnencryptedType {
+    /// VXLAN in the kernel.
+    Vxlan,
+    /// Plain routes.
+    HostGw,
+    /// UDP through this process.
+    Udp,
+    /// WireGuard.
+    Wireguard,
+    /// IP in IP.
+    Ipip,
+    /// Leases alone.
+    Alloc,
+    /// Commands of the operator.
+    Extension,
+    /// Routes in Tencent's cloud.
+    TencentVpc,
+}
+
+impl UnencryptedType {
+    /// Every one of them.
+    pub const ALL: [Self; 8] = [
+        Self::Vxlan,
+        Self::HostGw,
+        Self::Udp,
+        Self::Wireguard,
+        Self::Ipip,
+        Self::Alloc,
+        Self::Extension,
+        Self::TencentVpc,
+    ];
+
+    /// The name in net-conf.json, in lower case.
+    pub const fn name(self) -> &'static str {
+        match self {
+            Self::Vxlan => "vxlan",
+            Self::HostGw => "host-gw",
+            Self::Udp => "udp",
+            Self::Wireguard => "wireguard",
+            Self::Ipip => "ipip",
+            Self::Alloc => "alloc",
+            Self::Extension => "extension",
+            Self::TencentVpc => "tencent-vpc",
+        }
+    }
+
+    const fn keys(self) -> &'static [&'static str] {
+        match self {
+            Self::Vxlan => &[
+                "Type",
+                "VNI",
+                "Port",
+                "MTU",
+                "GBP",
+                "Learning",
+                "DirectRouting",
+                "MacPrefix",
+            ],
+            // flannel reads nothing here; DirectRouting is often written all the same, and changes nothing.
+            Self::HostGw => &["Type", "DirectRouting"],
+            Self::Udp => &["Type", "Port"],
+            Self::Wireguard => &[
+                "Type",
+                "ListenPort",
+                "ListenPortV6",
+                "MTU",
+                "PSK",
+                "PersistentKeepaliveInterval",
+                "Mode",
+            ],
+            Self::Ipip => &["Type", "DirectRouting"],
+            Self::Alloc => &["Type"],
+            Self::Extension => &[
+                "Type",
+                "PreStartupCommand",
+                "PostStartupCommand",
+                "SubnetAddCommand",
+                "SubnetRemoveCommand",
+                "ShutdownCommand",
+            ],
+            Self::TencentVpc => &["Type", "AccessKeyID", "AccessKeySecret"],
+        }
+    }
+}
+
+/// ipsec's settings, all of them decided.
+#[derive(Clone, Debug)]
+pub struct Ipsec {
+    /// Where the pre-shared keys come from.
+    pub psk: PskSource,
+    /// Plain ESP or ESP in UDP, and the UDP port, 1 to 65535. Never [`EncapMode::Auto`] in this version.
+    pub encap: keys::Encap,
+    /// The cipher this node sends with.
+    pub cipher: Cipher,
+    /// How long an epoch is used, at least a minute.
+    pub rekey_after: Duration,
+    /// The largest inner packet in bytes, where it is not to be computed: 576 to 65535, from 1280 on with IPv6.
+    pub mtu: Option<u16>,
+}
+
+/// Where the pre-shared keys come from.
+#[derive(Clone, Debug)]
+pub enum PskSource {
+    /// A file, or a folder of files.
+    File(PathBuf),
+    /// net-conf.json itself.
+    Inline(Arc<keys::Psk>),
+}
+
+/// A backend's `Type`.
+#[derive(Clone, Copy, Debug, Eq, PartialEq)]
+pub(super) enum Kind {
+    Ipsec,
+    Other(UnencryptedType),
+}
+
+impl FromStr for Kind {
+    type Err = Rule;
+
+    /// Case does not matter, as in flannel.
+    fn from_str(given: &str) -> Result<Self, Rule> {
+        let name = given.to_lowercase();
+        if name == "ipsec" {
+            return Ok(Self::Ipsec);
+        }
+        let found = UnencryptedType::ALL.into_iter().find(|kind| kind.name() == name);
+        found.map(Self::Other).ok_or_else(|| Rule::UnknownType(shorten(given)))
+    }
+}
+
+/// The types that [`Rule::UnknownType`] lists, and the one that was likely meant.
+pub(super) fn types_hint(given: &str) -> String {
+    let names: Vec<_> = std::iter::once("ipsec")
+        .chain(UnencryptedType::ALL.map(UnencryptedType::name))
+        .collect();
+    let hint = nearest(given, &names)
+        .map(|near| format!("; did you mean {near:?}?"))
+        .unwrap_or_default();
+    format!("the types are {}{hint}", names.join(", "))
+}
+
+/// The members of a `Backend` object as read.
+#[derive(Default)]
+pub(super) struct Raw {
+    /// Decides which members there are; absent: ipsec's.
+    pub(super) kind: Option<Kind>,
+    psk: Option<Zeroizing<Vec<u8>>>,
+    psk_file: Option<PathBuf>,
+    mode: Option<EncapMode>,
+    port: Option<u16>,
+    cipher: Option<Cipher>,
+    rekey_after: Option<Duration>,
+    mtu: Option<u16>,
+    pub(super) warnings: Vec<String>,
+}
+
+const IPSEC_KEYS: &[&str] = &[
+    "Type",
+    "PSK",
+    "PSKFile",
+    "UDPEncap",
+    "EncapPort",
+    "ESPProposal",
+    "RekeyAfter",
+    "MTU",
+];
+
+impl Members for Raw {
+    fn keys(&self) -> &'static [&'static str] {
+        match self.kind {
+            Some(Kind::Other(kind)) => kind.keys(),
+            Some(Kind::Ipsec) | None => IPSEC_KEYS,
+        }
+    }
+
+    fn set<'de, A: MapAccess<'de>>(&mut self, key: &'static str, map: &mut A) -> Result<(), A::Error> {
+        if let Some(Kind::Other(_)) = self.kind {
+            map.next_value::<serde::de::IgnoredAny>()?;
+            return Ok(());
+        }
+        match key {
+            "PSK" => self.psk = value(key, Show::KindOnly, map, psk)?,
+            "PSKFile" => {
+                self.psk_file = parsed(key, "a path is needed", map, |v| (!v.is_empty()).then(|| v.into()))?;
+            }
+            "UDPEncap" => self.mode = value(key, Show::Value, map, encap_mode)?,
+            "EncapPort" => self.port = value(key, Show::Value, map, port)?,
+            "ESPProposal" => {
+                let warnings = &mut self.warnings;
+                self.cipher = value(key, Show::Value, map, |v| proposal(&v, warnings))?;
+            }
+            "RekeyAfter" => self.rekey_after = value(key, Show::Value, map, rekey_after)?,
+            "MTU" => self.mtu = whole(key, u16::MAX.into(), map)?.and_then(|v| u16::try_from(v).ok()),
+            // The type was read before, by TypeOf.
+            _ => drop(map.next_value::<serde::de::IgnoredAny>()?),
+        }
+        Ok(())
+    }
+
+    fn warn(&mut self, text: String) {
+        self.warnings.push(text);
+    }
+}
+
+/// What [`Raw::finish`] needs to know beside the object.
+pub(super) struct Around<'a> {
+    /// `--psk-file`.
+    pub(super) psk_file: Option<&'a Path>,
+    /// The Network as text, which a PSK is bound to.
+    pub(super) network: &'a str,
+    /// Whether the mesh carries IPv6.
+    pub(super) v6: bool,
+}
+
+impl Raw {
+    /// An object of this kind, before it is read.
+    pub(super) fn of(kind: Option<Kind>) -> Self {
+        Self {
+            kind,
+            ..Self::default()
+        }
+    }
+
+    /// Whether the object itself gives a PSK.
+    pub(super) fn has_psk(&self) -> bool {
+        self.psk.is_some() || self.psk_file.is_some()
+    }
+
+    pub(super) fn finish(mut self, around: &Around<'_>) -> Result<(Backend, Vec<String>), Rule> {
+        if let Some(Kind::Other(kind)) = self.kind {
+            return Ok((Backend::Other(kind), self.warnings));
+        }
+        let psk = self.source(around)?;
+        let mode = self.mode.unwrap_or(EncapMode::Esp);
+        if mode == EncapMode::Auto {
+            return Err(Rule::EncapAuto);
+        }
+        let least = if around.v6 { 1280 } else { 576 };
+        let mtu = self.mtu.filter(|&mtu| mtu != 0);
+        if let Some(mtu) = mtu.filter(|&mtu| mtu < least) {
+            return Err(Rule::Mtu { mtu, least });
+        }
+        let ipsec = Ipsec {
+            psk,
+            encap: keys::Encap {
+                mode,
+                port: self.port.unwrap_or(4500),
+            },
+            cipher: self.cipher.unwrap_or(Cipher::Aes128Gcm16),
+            rekey_after: self.rekey_after.unwrap_or(Duration::from_secs(24 * 3600)),
+            mtu,
+        };
+        Ok((Backend::Ipsec(ipsec), self.warnings))
+    }
+
+    fn source(&mut self, around: &Around<'_>) -> Result<PskSource, Rule> {
+        match (around.psk_file, self.psk_file.take(), self.psk.take()) {
+            (None, None, None) => Err(Rule::NoPsk),
+            (None, Some(_), Some(_)) => Err(Rule::TwoPsks),
+            (Some(flag), file, inline) => {
+                if file.is_some_and(|file| file != flag) || inline.is_some() {
+                    self.warnings
+                        .push("--psk-file counts: the Backend's own PSK is not used".into());
+                }
+                Ok(PskSource::File(flag.into()))
+            }
+            (None, Some(file), None) => Ok(PskSource::File(file)),
+            (None, None, Some(bytes)) => {
+                let psk = keys::Psk::new(crate::psk::trim(&bytes), around.network).map_err(Rule::Psk)?;
+                self.warnings.push(
+                    "Backend.PSK: whoever reads this configuration (a ConfigMap, say) has the key; PSKFile or \
+                     --psk-file with a Secret or a file of mode 0600 is the place for it"
+                        .into(),
+                );
+                Ok(PskSource::Inline(Arc::new(psk)))
+            }
+        }
+    }
+}
+
+/// Finds a `Backend`'s `Type`, which decides how the rest of it is read.
+#[derive(Default)]
+pub(super) struct TypeOf {
+    pub(super) kind: Option<Kind>,
+    depth: u8,
+}
+
+impl Members for TypeOf {
+    fn keys(&self) -> &'static [&'static str] {
+        if self.depth == 0 { &["Backend"] } else { &["Type"] }
+    }
+
+    fn set<'de, A: MapAccess<'de>>(&mut self, key: &'static str, map: &mut A) -> Result<(), A::Error> {
+        if key == "Backend" {
+            (self.depth, self.kind) = (1, None);
+            map.next_value_seed(super::json::Object {
+                name: "Backend",
+                members: self,
+            })?;
+            self.depth = 0;
+            return Ok(());
+        }
+        let kind = value(key, Show::Value, map, |v| match v {
+            Scalar::Text("") => Ok(None),
+            Scalar::Text(name) => name.parse().map(Some).map_err(|rule: Rule| rule.to_string()),
+            _ => Err("a text such as \"ipsec\" is needed".to_owned()),
+        })?;
+        self.kind = kind.flatten();
+        Ok(())
+    }
+
+    fn warn(&mut self, _: String) {}
+}
+
+fn psk(v: Scalar<'_>) -> Result<Zeroizing<Vec<u8>>, &'static str> {
+    match v {
+        Scalar::Text(text) => Ok(Zeroizing::new(text.as_bytes().to_vec())),
+        _ => Err("a text of at least 32 bytes is needed: run `ringmail keygen`"),
+    }
+}
+
+fn encap_mode(v: Scalar<'_>) -> Result<EncapMode, &'static str> {
+    match v {
+        Scalar::Bool(false) => Ok(EncapMode::Esp),
+        Scalar::Bool(true) => Ok(EncapMode::Udp),
+        Scalar::Text(text) if text.eq_ignore_ascii_case("auto") => Ok(EncapMode::Auto),
+        _ => Err("true, false or \"auto\" is needed"),
+    }
+}
+
+fn port(v: Scalar<'_>) -> Result<u16, &'static str> {
+    match v {
+        Scalar::Whole(port @ 1..=65535) => Ok(u16::try_from(port).expect("the arm's range is that of a port")),
+        _ => Err("a port from 1 to 65535 is needed"),
+    }
+}
+
+fn rekey_after(v: Scalar<'_>) -> Result<Duration, &'static str> {
+    let want = "a time such as \"24h\", \"90m\" or \"1h30m\", at least \"1m\", is needed";
+    match v {
+        Scalar::Text(text) => duration(text).filter(|&d| d >= Duration::from_secs(60)).ok_or(want),
+        _ => Err(want),
+    }
+}
+
+/// A time as Go writes it, in whole hours, minutes and seconds: `24h`, `1h30m`, `90m0s`.
+pub(super) fn duration(text: &str) -> Option<Duration> {
+    let (mut rest, mut total, mut smaller_than) = (text, 0u64, u64::MAX);
+    while !rest.is_empty() {
+        let digits = rest.len() - rest.trim_start_matches(|c: char| c.is_ascii_digit()).len();
+        let unit = match rest.as_bytes().get(digits)? {
+            b'h' => 3600,
+            b'm' => 60,
+            b's' => 1,
+            _ => return None,
+        };
+        if unit >= smaller_than {
+            return None;
+        }
+        smaller_than = unit;
+        total = total.checked_add(rest[..digits].parse::<u64>().ok()?.checked_mul(unit)?)?;
+        rest = &rest[digits + 1..];
+    }
+    (!text.is_empty()).then_some(Duration::from_secs(total))
+}
+
+/// The cipher of a proposal in strongSwan's notation: algorithms joined by `-`, alternatives by `,`.
+///
+/// What stands after the cipher is IKE's business (integrity, PRF, group), of which there is none here.
+fn proposal(v: &Scalar<'_>, warnings: &mut Vec<String>) -> Result<Cipher, String> {
+    let Scalar::Text(text) = v else {
+        return Err(format!("a text is needed: {}", accepted()));
+    };
+    let (first, others) = text
+        .split_once(',')
+        .map_or((*text, None), |(first, rest)| (first, Some(rest)));
+    let mut parts = first
+        .trim()
+        .trim_end_matches('!')
+        .split('-')
+        .map(str::to_ascii_lowercase);
+    let name = parts.next().unwrap_or_default();
+    let cipher = match name.as_str() {
+        // strongSwan names the length of the check value in bytes or in bits.
+        "aes128gcm128" => Cipher::Aes128Gcm16,
+        "aes256gcm128" => Cipher::Aes256Gcm16,
+        _ => name.parse().map_err(|_| refused(&name))?,
+    };
+    if let Some(odd) = parts.find(|part| !IKE_PARTS.iter().any(|known| part.starts_with(known))) {
+        return Err(format!("part {:?} is not understood; {}", shorten(&odd), accepted()));
+    }
+    if others.is_some() {
+        warnings.push(format!(
+            "Backend.ESPProposal: of its alternatives the first counts: {cipher}"
+        ));
+    }
+    Ok(cipher)
+}
+
+const IKE_PARTS: [&str; 11] = [
+    "sha", "prf", "modp", "ecp", "curve", "x25519", "x448", "ke", "esn", "noesn", "aesxcbc",
+];
+
+fn refused(name: &str) -> String {
+    // The ones with a check value shorter than 16 bytes are authenticated, but weaker than what every kernel offers.
+    let combined = ["gcm", "ccm", "poly1305"].iter().any(|mode| name.contains(mode));
+    let known = [
+        "aes", "3des", "des", "null", "cast", "blowfish", "camellia", "serpent", "twofish",
+    ];
+    if !combined && known.iter().any(|prefix| name.starts_with(prefix)) {
+        format!("no authenticated encryption; {}", accepted())
+    } else {
+        format!("cipher {:?} is not known here; {}", shorten(name), accepted())
+    }
+}
+
+fn accepted() -> String {
+    format!("{} are accepted", Cipher::ALL.map(Cipher::name).join(", "))
+}
