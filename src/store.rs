@@ -17,6 +17,8 @@ mod folder;
 pub mod format;
 mod mirror;
 mod notice;
+#[cfg(test)]
+mod tests;
 
 use std::io;
 use std::path::{Path, PathBuf};

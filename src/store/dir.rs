@@ -118,6 +118,13 @@ impl Dir {
         self.write(move |shared| shared.release(&node, &subnets)).await
     }
 
+    /// How many files were read, and how many times the whole folder was gone through.
+    #[cfg(test)]
+    pub(super) fn counters(&self) -> (u64, u64) {
+        let mirror = self.shared.mirror();
+        (mirror.files_read, mirror.full_reads)
+    }
+
     async fn write<T: Send + 'static>(
         &self,
         action: impl FnOnce(&Shared) -> Result<T, StoreError> + Send + 'static,
@@ -213,13 +220,13 @@ impl Shared {
 
     fn acquire(&self, node: &NodeName, network: &Network, claim: &Claim) -> Result<Held, StoreError> {
         // A lease that fits needs no write and no lock, so a folder that can't be written serves too.
-        if let Some((lease, revision)) = self.own_lease(&Folder::open(&self.path)?, node)?
+        if let Some((lease, revision)) = self.own_lease(&self.open()?, node)?
             && let Some(held) = fitting(network, &lease)
         {
             self.mirror().own = Some(own(&lease, revision));
             return Ok(held);
         }
-        let locked = Folder::lock(&self.path)?;
+        let locked = self.lock()?;
         let before = self.own_lease(locked.folder(), node)?;
         if let Some((lease, revision)) = &before
             && let Some(held) = fitting(network, lease)
@@ -228,7 +235,7 @@ impl Shared {
             return Ok(held);
         }
         let names = locked.folder().names()?;
-        locked.tidy(&names);
+        locked.tidy(&names, SystemTime::now());
         // Its own misfit leaves its place to the new lease.
         let misfits = self.mirror().files_of(node);
         let others = names.iter().filter(|name| !misfits.contains(name));
@@ -243,7 +250,7 @@ impl Shared {
                 data: serde_json::Value::Null,
                 v6_data: serde_json::Value::Null,
             };
-            if let Some(revision) = locked.create(&lease)? {
+            if let Some(revision) = locked.create(&lease, 0)? {
                 let slot = network.slot(&subnets)?;
                 break (
                     Held {
@@ -260,6 +267,28 @@ impl Shared {
         self.mirror().own = Some(own);
         self.remove_others(&locked, node, &held.subnets)?;
         Ok(held)
+    }
+
+    /// Opens the folder, if it is the store's: an empty mount point is not written to.
+    fn open(&self) -> Result<Folder, StoreError> {
+        let folder = Folder::open(&self.path)?;
+        self.recognise(&folder)?;
+        Ok(folder)
+    }
+
+    fn lock(&self) -> Result<Locked, StoreError> {
+        let locked = Folder::lock(&self.path)?;
+        self.recognise(locked.folder())?;
+        Ok(locked)
+    }
+
+    fn recognise(&self, folder: &Folder) -> Result<(), StoreError> {
+        let mut mirror = self.mirror();
+        if !mirror.shows(folder)? {
+            mirror.read_all(folder, Instant::now())?;
+            mirror.publish(&self.roster);
+        }
+        Ok(())
     }
 
     /// The newest lease of `node` in the folder, and its revision.
@@ -313,14 +342,14 @@ impl Shared {
             .filter(|own| own.name == name && own.node == lease.node);
         let written = written.map(|own| own.revision);
         // What is there already needs no lock and no right to write.
-        if let Place::Same(revision) = self.replaceable(&Folder::open(&self.path)?, lease, &name, written)? {
+        if let Place::Same(revision) = self.replaceable(&self.open()?, lease, &name, written)? {
             self.mirror().own = Some(own(lease, revision));
             return Ok(());
         }
-        let locked = Folder::lock(&self.path)?;
+        let locked = self.lock()?;
         let revision = match self.replaceable(locked.folder(), lease, &name, written)? {
             Place::Same(_) => return Ok(()),
-            Place::Free => match locked.create(lease)? {
+            Place::Free => match locked.create(lease, written.unwrap_or(0))? {
                 Some(revision) => revision,
                 None => return Err(self.taken(locked.folder(), lease, &name)),
             },
@@ -416,10 +445,10 @@ impl Shared {
             Found::Lease { lease, .. } => lease.node == *node,
             Found::Garbage { .. } | Found::Unreadable { .. } | Found::Absent => false,
         };
-        if !ours(&Folder::open(&self.path)?) {
+        if !ours(&self.open()?) {
             return Ok(());
         }
-        let locked = Folder::lock(&self.path)?;
+        let locked = self.lock()?;
         if ours(locked.folder()) {
             locked.remove(&name)?;
         }

@@ -306,9 +306,10 @@ impl Locked {
         &self.0
     }
 
-    /// Writes a new lease, complete when it appears; `None` where its name is taken. Returns the lease's revision.
-    pub(super) fn create(&self, lease: &Lease) -> Result<Option<u64>, StoreError> {
-        self.write(lease, 0, |unfinished, name| {
+    /// Writes a new lease, complete when it appears; `None` where its name is taken. Returns the lease's revision,
+    /// which is above `written`.
+    pub(super) fn create(&self, lease: &Lease, written: u64) -> Result<Option<u64>, StoreError> {
+        self.write(lease, written, |unfinished, name| {
             let dir = &self.0.dir;
             match linkat(dir, unfinished, dir, name, AtFlags::empty()) {
                 // A file system without hard links: the lock has to do.
@@ -348,7 +349,7 @@ impl Locked {
     }
 
     /// Removes what writers that died have left unfinished.
-    pub(super) fn tidy(&self, names: &[OsString]) {
+    pub(super) fn tidy(&self, names: &[OsString], now: SystemTime) {
         for name in names
             .iter()
             .filter(|name| name.as_encoded_bytes().starts_with(UNFINISHED.as_bytes()))
@@ -358,7 +359,7 @@ impl Locked {
                 .stat(name, AtFlags::AT_SYMLINK_NOFOLLOW)
                 .map_or(i64::MAX, |stat| stat.st_ctime);
             let changed = SystemTime::UNIX_EPOCH + Duration::from_secs(u64::try_from(changed).unwrap_or(0));
-            if changed.elapsed().is_ok_and(|age| age > UNFINISHED_AGE) {
+            if now.duration_since(changed).is_ok_and(|age| age > UNFINISHED_AGE) {
                 tracing::debug!(file = %name.display(), "removing an unfinished file of a writer that died");
                 // It takes no harm to stay: the next writer tries again.
                 let _ = unlinkat(&self.0.dir, name.as_os_str(), UnlinkatFlags::NoRemoveDir);
