@@ -422,7 +422,11 @@ impl Network {
         };
         let v6 = match self.v6 {
             Some(r) => {
-                let offset = u128::from(slot).checked_shl(128 - u32::from(r.subnet_len))?;
+                let offset = match u128::from(slot) {
+                    0 => 0,
+                    // A shift of the slot itself would lose its high bits and name a low slot's subnet.
+                    slot => 1_u128.checked_shl(128 - u32::from(r.subnet_len))?.checked_mul(slot)?,
+                };
                 let base = u128::from(r.net.network()).checked_add(offset)?;
                 let subnet = Ipv6Net::new(Ipv6Addr::from(base), r.subnet_len).ok()?;
                 Some(r.net.contains(&subnet).then_some(subnet)?)
@@ -461,5 +465,278 @@ impl fmt::Display for Network {
             write!(f, "{}{net}", if i > 0 { "," } else { "" })?;
         }
         Ok(())
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    #![expect(clippy::unwrap_used, reason = "a test may")]
+
+    use std::collections::BTreeSet;
+
+    use proptest::prelude::*;
+
+    use super::*;
+
+    fn lease(node: u16, data: u8) -> Lease {
+        Lease {
+            node: NodeName::new(&format!("n{node}")).unwrap(),
+            subnets: Subnets::default(),
+            public: Addresses::default(),
+            backend: String::new(),
+            data: data.into(),
+            v6_data: serde_json::Value::Null,
+        }
+    }
+
+    #[derive(Clone, Debug)]
+    enum Change {
+        Insert(u16, u8),
+        Remove(u16),
+        /// Enough come and go for the log to be cut.
+        Crowd,
+        Replace(BTreeSet<u16>),
+        /// The reader at this index looks.
+        Look(usize),
+    }
+
+    fn change() -> impl Strategy<Value = Change> {
+        prop_oneof![
+            8 => (0..12_u16, 0..3_u8).prop_map(|(node, data)| Change::Insert(node, data)),
+            4 => (0..12_u16).prop_map(Change::Remove),
+            1 => Just(Change::Crowd),
+            1 => proptest::collection::btree_set(0..12_u16, 0..12).prop_map(Change::Replace),
+            8 => (0..3_usize).prop_map(Change::Look),
+        ]
+    }
+
+    type View = BTreeMap<NodeName, Arc<Lease>>;
+
+    fn all(roster: &Roster) -> View {
+        roster
+            .leases()
+            .map(|lease| (lease.node.clone(), lease.clone()))
+            .collect()
+    }
+
+    fn look(roster: &Roster, seen: &mut Revision, view: &mut View) {
+        match roster.since(*seen) {
+            Ok(changes) => {
+                for (node, lease) in changes {
+                    match lease {
+                        Some(lease) => view.insert(node.clone(), lease.clone()),
+                        None => view.remove(node),
+                    };
+                }
+            }
+            Err(LogForgotten) => *view = all(roster),
+        }
+        *seen = roster.revision();
+    }
+
+    proptest! {
+        #[test]
+        fn who_follows_the_changes_sees_what_who_reads_all_sees(
+            changes in proptest::collection::vec(change(), 0..60),
+        ) {
+            let mut roster = Roster::default();
+            let mut readers: [(Revision, View); 3] = Default::default();
+            for change in changes {
+                let (before, revision) = (all(&roster), roster.revision());
+                match change {
+                    Change::Insert(node, data) => { roster.insert(lease(node, data)); }
+                    Change::Remove(node) => { roster.remove(&lease(node, 0).node); }
+                    Change::Crowd => for node in 1000..1000 + u16::try_from(FORGET_AFTER).unwrap() {
+                        roster.insert(lease(node, 0));
+                        roster.remove(&lease(node, 0).node);
+                    },
+                    Change::Replace(nodes) => { roster.replace(nodes.into_iter().map(|node| lease(node, 9))); }
+                    Change::Look(reader) => {
+                        let (seen, view) = &mut readers[reader];
+                        look(&roster, seen, view);
+                        prop_assert_eq!(&*view, &all(&roster));
+                        prop_assert_eq!(roster.since(*seen).map(Iterator::count), Ok(0));
+                    }
+                }
+                prop_assert!(before == all(&roster) || revision < roster.revision());
+            }
+            for (seen, view) in &mut readers {
+                look(&roster, seen, view);
+                prop_assert_eq!(&*view, &all(&roster));
+            }
+        }
+    }
+
+    #[test]
+    fn what_changes_nothing_is_no_change() {
+        let mut roster = Roster::default();
+        assert!(roster.insert(lease(1, 1)) && roster.replace([lease(1, 1)]));
+        let revision = roster.revision();
+        assert!(!roster.insert(lease(1, 1)));
+        assert!(!roster.remove(&lease(2, 0).node));
+        assert!(!roster.replace([lease(1, 1)]));
+        assert_eq!(roster.revision(), revision);
+    }
+
+    #[test]
+    fn a_roster_forgets_departed_nodes_and_says_so_to_who_missed_them() {
+        let mut roster = Roster::default();
+        let seen = roster.revision();
+        for node in 0..u16::try_from(FORGET_AFTER + 1).unwrap() {
+            assert!(roster.since(seen).is_ok());
+            roster.insert(lease(node, 0));
+            roster.remove(&lease(node, 0).node);
+        }
+        assert_eq!(roster.since(seen).map(Iterator::count), Err(LogForgotten));
+        assert_eq!((roster.nodes.len(), roster.log.len(), roster.left), (0, 0, 0));
+        assert_eq!(roster.since(roster.revision()).map(Iterator::count), Ok(0));
+    }
+
+    #[test]
+    fn a_node_name_is_printable_ascii_without_space_and_slash() {
+        for good in ["a", "node-1.example", "NODE", &"x".repeat(253)] {
+            assert_eq!(NodeName::new(good).unwrap().as_str(), good);
+        }
+        for bad in ["", "a b", "a/b", "a\n", "é", "\u{1b}", &"x".repeat(254)] {
+            assert!(NodeName::new(bad).is_err(), "{bad:?}");
+        }
+    }
+
+    /// A network of one family from its parts; every slot is given out.
+    fn v4(address: u32, prefix: u8, subnet_len: u8) -> Network {
+        let net = Ipv4Net::new(address.into(), prefix).unwrap().trunc();
+        let last = last_slot(subnet_len - prefix);
+        Network {
+            v4: Some(Range {
+                net,
+                subnet_len,
+                first: 0,
+                last,
+            }),
+            v6: None,
+        }
+    }
+
+    fn v6(address: u128, prefix: u8, subnet_len: u8) -> Network {
+        let net = Ipv6Net::new(address.into(), prefix).unwrap().trunc();
+        let last = last_slot(subnet_len - prefix);
+        Network {
+            v4: None,
+            v6: Some(Range {
+                net,
+                subnet_len,
+                first: 0,
+                last,
+            }),
+        }
+    }
+
+    fn last_slot(bits: u8) -> u32 {
+        (2_u32.checked_pow(bits.into()).unwrap_or(u32::MAX).saturating_sub(1)).min(Slot::MAX.get())
+    }
+
+    fn any_v4() -> impl Strategy<Value = Network> {
+        (any::<u32>(), 0..=32_u8, 0..=32_u8).prop_map(|(a, x, y)| v4(a, x.min(y), x.max(y)))
+    }
+
+    fn any_v6() -> impl Strategy<Value = Network> {
+        (any::<u128>(), 0..=128_u8, 0..=128_u8).prop_map(|(a, x, y)| v6(a, x.min(y), x.max(y)))
+    }
+
+    fn any_network() -> impl Strategy<Value = Network> {
+        let dual = (any_v4(), any_v6()).prop_map(|(a, b)| Network { v4: a.v4, v6: b.v6 });
+        prop_oneof![any_v4(), any_v6(), dual]
+    }
+
+    proptest! {
+        #[test]
+        fn a_slot_and_its_subnets_name_each_other(network in any_network(), random: u32) {
+            let slots = network.slots();
+            prop_assert!(!slots.is_empty());
+            for index in [*slots.start(), *slots.end(), random % (slots.end() + 1)] {
+                let slot = Slot::new(index).unwrap();
+                let subnets = network.subnets(slot);
+                prop_assert!(subnets.is_some(), "{index}");
+                let subnets = subnets.unwrap();
+                prop_assert_eq!(network.slot(&subnets), Ok(slot));
+                for subnet in subnets.iter() {
+                    prop_assert_eq!(subnet, subnet.trunc());
+                    prop_assert!(network.net_of(subnet).is_some());
+                }
+            }
+        }
+
+        #[test]
+        fn beyond_the_last_slot_there_are_no_subnets(network in any_network(), random: u32) {
+            let last = *network.slots().end();
+            prop_assume!(last < Slot::MAX.get());
+            let beyond = [last + 1, Slot::MAX.get(), last + 1 + random % (Slot::MAX.get() - last)];
+            for index in beyond {
+                prop_assert_eq!(network.subnets(Slot::new(index).unwrap()), None);
+            }
+        }
+
+        #[test]
+        fn subnets_that_have_a_slot_are_in_the_network_and_of_its_length(
+            network in any_network(),
+            a: u32, a_len in 0..=32_u8, b: u128, b_len in 0..=128_u8,
+        ) {
+            let subnets = Subnets {
+                v4: network.v4.map(|_| Ipv4Net::new(a.into(), a_len).unwrap().trunc()),
+                v6: network.v6.map(|_| Ipv6Net::new(b.into(), b_len).unwrap().trunc()),
+            };
+            let fits = |subnet: IpNet| {
+                let len = match subnet {
+                    IpNet::V4(_) => network.v4.unwrap().subnet_len,
+                    IpNet::V6(_) => network.v6.unwrap().subnet_len,
+                };
+                subnet.prefix_len() == len && network.net_of(subnet).is_some()
+            };
+            match network.slot(&subnets) {
+                Ok(_) | Err(NoSlot::TooHigh(_)) => prop_assert!(subnets.iter().all(fits)),
+                Err(NoSlot::Outside(subnet)) => prop_assert_eq!(network.net_of(subnet), None),
+                Err(NoSlot::Length(subnet, _)) => prop_assert!(!fits(subnet)),
+                Err(NoSlot::Families(_)) => prop_assert!(false, "one subnet for each family is given"),
+            }
+        }
+    }
+
+    #[test]
+    fn odd_networks_count_their_subnets_right() {
+        let text = |network: Network, slot| network.subnets(Slot::new(slot).unwrap()).map(|s| s.to_string());
+        let some = |text: &str| Some(text.to_owned());
+        assert_eq!(text(v4(0, 0, 0), 0), some("0.0.0.0/0"));
+        assert_eq!(text(v4(0, 0, 0), 1), None);
+        assert_eq!(text(v4(0x0af4_0000, 28, 30), 3), some("10.244.0.12/30"));
+        assert_eq!(text(v4(0xffff_ff00, 24, 30), 63), some("255.255.255.252/30"));
+        assert_eq!(text(v4(0xffff_ff00, 24, 30), 64), None);
+        assert_eq!(text(v6(0, 0, 0), 0), some("::/0"));
+        assert_eq!(text(v6(0, 0, 0), 1), None);
+        assert_eq!(text(v6(0xfd << 120, 124, 126), 3), some("fd00::c/126"));
+        assert_eq!(text(v6(0, 0, 8), 255), some("ff00::/8"));
+        assert_eq!(text(v6(0, 0, 8), 256), None);
+        assert_eq!(text(v6(u128::MAX, 64, 128), 5), some("ffff:ffff:ffff:ffff::5/128"));
+        let slots = Network {
+            v6: v6(0xfd << 120, 124, 126).v6,
+            ..v4(0x0af4_0000, 16, 24)
+        }
+        .slots();
+        assert_eq!(slots, 0..=3, "the smaller family bounds both");
+    }
+
+    #[test]
+    fn subnets_of_the_wrong_families_have_no_slot() {
+        let network = v4(0x0af4_0000, 16, 24);
+        let v6 = Subnets {
+            v4: None,
+            v6: Some("fd00::/64".parse().unwrap()),
+        };
+        let both = Subnets {
+            v4: Some("10.244.1.0/24".parse().unwrap()),
+            ..v6
+        };
+        for subnets in [v6, both, Subnets::default()] {
+            assert_eq!(network.slot(&subnets), Err(NoSlot::Families(subnets)));
+        }
     }
 }

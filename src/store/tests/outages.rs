@@ -1,0 +1,222 @@
+//! Folders that are missing, replaced, full, read-only or unmounted. The mounts need root and stay in a namespace of
+//! their own.
+
+use std::fs;
+use std::path::Path;
+use std::time::Duration;
+
+use nix::sched::{CloneFlags, unshare};
+use serde_json::json;
+
+use super::*;
+
+#[tokio::test]
+async fn a_missing_folder_is_an_outage_and_a_recreated_one_is_picked_up() {
+    let temp = Temp::new();
+    temp.put(&lease("b", "10.244.2.0-24"), 1);
+    temp.put(&lease("c", "10.244.3.0-24"), 1);
+    let store = temp.open().await;
+    store.acquire(&node("a"), &network(), &claim(0)).await.unwrap();
+    let mine = lease("a", "10.244.1.0-24");
+    store.publish(&mine).await.unwrap();
+    let mut roster = store.roster();
+    roster.mark_unchanged();
+    fs::remove_dir_all(&temp.0).unwrap();
+    tokio::time::sleep(Duration::from_millis(1200)).await;
+    assert!(!roster.has_changed().unwrap(), "nothing leaves the roster in an outage");
+    let trouble = store.health().reading.unwrap();
+    assert!(
+        trouble.error.contains("does not exist: create it with `mkdir -p"),
+        "{}",
+        trouble.error
+    );
+    let refused = store.publish(&with_data(&mine, json!(2))).await.unwrap_err();
+    assert!(matches!(refused, StoreError::Missing(_)) && refused.is_transient());
+    fs::create_dir(&temp.0).unwrap();
+    // The node sees that its own lease is gone and writes it; the others keep theirs for a while.
+    until(&mut roster, |roster| {
+        names(roster) == ["b", "c"] && roster.completeness == Completeness::Partial
+    })
+    .await;
+    store.publish(&mine).await.unwrap();
+    temp.put(&lease("b", "10.244.2.0-24"), 1);
+    until(&mut roster, |roster| {
+        names(roster) == ["a", "b"] && roster.completeness == Completeness::Complete
+    })
+    .await;
+    until_readable(&store).await;
+}
+
+#[tokio::test]
+async fn a_folder_replaced_by_a_rename_is_noticed() {
+    let (temp, aside) = (Temp::new(), Temp::new());
+    temp.put(&lease("a", "10.244.1.0-24"), 1);
+    let store = temp.open().await;
+    let moved = aside.file("moved");
+    fs::rename(&temp.0, &moved).unwrap();
+    fs::create_dir(&temp.0).unwrap();
+    temp.put(&lease("a", "10.244.1.0-24"), 1);
+    temp.put(&lease("b", "10.244.2.0-24"), 1);
+    until(&mut store.roster(), |roster| names(roster) == ["a", "b"]).await;
+    fs::write(
+        moved.join("10.244.3.0-24.json"),
+        format::encode(&lease("old", "10.244.3.0-24"), 1),
+    )
+    .unwrap();
+    temp.put(&lease("c", "10.244.4.0-24"), 1);
+    until(&mut store.roster(), |roster| names(roster) == ["a", "b", "c"]).await;
+}
+
+#[tokio::test]
+async fn a_folder_that_is_none_is_named_with_the_remedy() {
+    let temp = Temp::new();
+    let file = temp.file("file");
+    fs::write(&file, "").unwrap();
+    let missing = temp.file("missing");
+    let text = |error: StoreError| error.to_string();
+    let (m, f) = (missing.display(), file.display());
+    assert_eq!(
+        text(Store::open_dir(&missing).await.unwrap_err()),
+        format!("store folder {m} does not exist: create it with `mkdir -p {m}`, or correct --lease-dir")
+    );
+    assert_eq!(
+        text(Store::open_dir(&file).await.unwrap_err()),
+        format!("{f} is not a folder: --lease-dir takes a folder of leases")
+    );
+}
+
+/// Runs `test` on a thread with mounts of its own, in a tokio runtime, with a tmpfs of `size` mounted on a folder.
+fn on_own_mount(size: &str, test: impl AsyncFnOnce(&Path) + Send) {
+    let temp = Temp::new();
+    let mount = |args: &[&str]| {
+        let status = std::process::Command::new("mount")
+            .args(args)
+            .arg(&temp.0)
+            .status()
+            .unwrap();
+        assert!(status.success(), "mount {args:?} needs root");
+    };
+    std::thread::scope(|scope| {
+        let body = || {
+            // Mounts made by children of this thread go to its namespace.
+            unshare(CloneFlags::CLONE_NEWNS | CloneFlags::CLONE_FS).unwrap();
+            let private = std::process::Command::new("mount")
+                .args(["--make-rprivate", "/"])
+                .status()
+                .unwrap();
+            assert!(private.success());
+            mount(&["-t", "tmpfs", "-o", &format!("size={size}"), "tmpfs"]);
+            let runtime = tokio::runtime::Builder::new_current_thread()
+                .enable_all()
+                .build()
+                .unwrap();
+            runtime.block_on(test(&temp.0));
+        };
+        scope.spawn(body).join().unwrap();
+    });
+}
+
+fn mount(args: &[&str], path: &Path) {
+    let status = std::process::Command::new("mount")
+        .args(args)
+        .arg(path)
+        .status()
+        .unwrap();
+    assert!(status.success(), "mount {args:?}");
+}
+
+#[test]
+fn a_full_disk_is_named_and_nothing_is_lost_or_left_half_written() {
+    on_own_mount("64k", async |path| {
+        let store = Store::open_dir(path).await.unwrap();
+        store.acquire(&node("a"), &network(), &claim(0)).await.unwrap();
+        let mine = lease("a", "10.244.1.0-24");
+        store.publish(&mine).await.unwrap();
+        let mut filler = fs::File::create(path.join(".filler")).unwrap();
+        while std::io::Write::write_all(&mut filler, &[0; 4096]).is_ok() {}
+        let newer = with_data(&mine, json!("newer"));
+        for error in [
+            store.publish(&newer).await.unwrap_err(),
+            store.acquire(&node("b"), &network(), &claim(1)).await.unwrap_err(),
+        ] {
+            assert!(
+                matches!(error, StoreError::Full { .. }) && error.is_transient(),
+                "{error}"
+            );
+            assert!(error.to_string().contains("ENOSPC"));
+        }
+        assert!(store.health().writing.is_some() && store.health().reading.is_none());
+        assert_eq!(names(&store.roster().borrow()), ["a"]);
+        let mut left: Vec<_> = fs::read_dir(path).unwrap().map(|e| e.unwrap().file_name()).collect();
+        left.sort();
+        assert_eq!(left, [".filler", ".sequence", "10.244.1.0-24.json"]);
+        drop(filler);
+        fs::remove_file(path.join(".filler")).unwrap();
+        store.publish(&newer).await.unwrap();
+        assert_eq!(store.health().writing, None);
+    });
+}
+
+#[test]
+fn a_read_only_folder_serves_its_readers_and_a_node_whose_lease_is_in_it() {
+    on_own_mount("1m", async |path| {
+        let mine = lease("a", "10.244.1.0-24");
+        fs::write(path.join("10.244.1.0-24.json"), format::encode(&mine, 3)).unwrap();
+        mount(&["-o", "remount,ro"], path);
+        let store = Store::open_dir(path).await.unwrap();
+        let held = store.acquire(&node("a"), &network(), &claim(0)).await.unwrap();
+        assert_eq!((held.subnets, held.previous), (mine.subnets, Some(mine.clone())));
+        store.publish(&mine).await.unwrap();
+        let refused = store.publish(&with_data(&mine, json!("newer"))).await.unwrap_err();
+        assert!(
+            matches!(refused, StoreError::ReadOnly { .. }) && refused.is_transient(),
+            "{refused}"
+        );
+        let refused = store.acquire(&node("b"), &network(), &claim(0)).await.unwrap_err();
+        assert!(
+            refused.to_string().contains("read-only: remount it writable"),
+            "{refused}"
+        );
+        let refused = store.release(&node("a"), &mine.subnets).await.unwrap_err();
+        assert!(matches!(refused, StoreError::ReadOnly { .. }), "{refused}");
+        assert_eq!(names(&store.roster().borrow()), ["a"]);
+    });
+}
+
+#[test]
+fn an_unmounted_store_is_an_outage_and_not_an_empty_roster() {
+    on_own_mount("1m", async |path| {
+        let store = Store::open_dir(path).await.unwrap();
+        store.acquire(&node("a"), &network(), &claim(0)).await.unwrap();
+        let mut roster = store.roster();
+        roster.mark_unchanged();
+        assert!(
+            std::process::Command::new("umount")
+                .arg("-l")
+                .arg(path)
+                .status()
+                .unwrap()
+                .success()
+        );
+        let refused = store.acquire(&node("b"), &network(), &claim(0)).await.unwrap_err();
+        assert!(matches!(refused, StoreError::Unmounted(_)), "{refused}");
+        let refused = store.publish(&lease("a", "10.244.1.0-24")).await.unwrap_err();
+        assert!(matches!(refused, StoreError::Unmounted(_)), "{refused}");
+        tokio::time::sleep(Duration::from_millis(1500)).await;
+        assert!(!roster.has_changed().unwrap());
+        assert_eq!(names(&roster.borrow()), ["a"]);
+        assert_eq!(
+            fs::read_dir(path).unwrap().count(),
+            0,
+            "nothing is written under the mount point"
+        );
+        mount(&["-t", "tmpfs", "tmpfs"], path);
+        fs::write(
+            path.join("10.244.2.0-24.json"),
+            format::encode(&lease("b", "10.244.2.0-24"), 3),
+        )
+        .unwrap();
+        until(&mut roster, |roster| roster.get(&node("b")).is_some()).await;
+        until_readable(&store).await;
+    });
+}
