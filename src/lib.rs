@@ -1,2 +1,3 @@
 //! Placeholder of the workspace skeleton.
+pub mod kernel;
 pub mod lease;
