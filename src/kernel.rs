@@ -5,8 +5,12 @@
 //! lays the operations of many scopes out as one sequence, makes before breaks. Nothing here does I/O: `netlink`
 //! reads and writes.
 
+pub mod encap;
 pub mod firewall;
+pub mod iptables;
 pub mod mtu;
+pub mod nft;
+pub mod sysctl;
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::fmt;
