@@ -2,4 +2,6 @@
 pub mod config;
 pub mod lease;
 pub mod psk;
+#[cfg(test)]
+mod testing;
 pub mod uplink;
