@@ -24,6 +24,8 @@ mod monitor;
 pub mod netlink;
 pub mod policy;
 pub mod sa;
+#[cfg(test)]
+mod wire_tests;
 mod xfrm;
 
 pub use batch::{Batch, Writer};

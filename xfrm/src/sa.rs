@@ -32,10 +32,6 @@ const XFRMA_SA_PCPU: u16 = 35;
 const XFRMA_IPTFS: std::ops::RangeInclusive<u16> = 36..=41;
 /// `XFRM_SA_DIR_IN` and `XFRM_SA_DIR_OUT`.
 const DIRECTION_NUMBERS: [(SaDirection, u8); 2] = [(SaDirection::In, 1), (SaDirection::Out, 2)];
-/// `NLM_F_CREATE | NLM_F_EXCL`, which is what an addition means whether they are set or not.
-const CREATE: u16 = 0x600;
-/// `NLM_F_REPLACE`.
-const REPLACE: u16 = 0x100;
 /// Length of an algorithm's name in its structure, closing zero included.
 const ALGORITHM_NAME: usize = 64;
 /// The widest window that fits the old replay state, one 32-bit map.
@@ -217,7 +213,7 @@ impl Batch {
     /// # Panics
     /// If the key is not as long as the algorithm says, or the name of the algorithm is longer than 63 bytes.
     pub fn add_sa(&mut self, sa: &Sa, key: &[u8]) {
-        self.push(XFRM_MSG_NEWSA, CREATE, |writer| write(writer, sa, key));
+        self.push(XFRM_MSG_NEWSA, 0, |writer| write(writer, sa, key));
     }
 
     /// Replaces a larval SA, or changes limits and ports of one that exists. The key of an existing SA stays what it was,
@@ -226,7 +222,7 @@ impl Batch {
     /// # Panics
     /// As [`Batch::add_sa`].
     pub fn update_sa(&mut self, sa: &Sa, key: &[u8]) {
-        self.push(XFRM_MSG_UPDSA, REPLACE, |writer| write(writer, sa, key));
+        self.push(XFRM_MSG_UPDSA, 0, |writer| write(writer, sa, key));
     }
 
     /// Removes an SA. Refused (ESRCH) if there is none.
@@ -322,11 +318,10 @@ fn write(writer: &mut Writer<'_>, sa: &Sa, key: &[u8]) {
     }
     if wide_replay {
         writer.attribute_with(XFRMA_REPLAY_ESN_VAL, |writer| {
-            let words = replay_window.div_ceil(32);
-            writer.u32(words);
+            // The bitmap behind it may be left out: the kernel makes an empty one of this length.
+            writer.u32(replay_window.div_ceil(32));
             writer.zeros(16);
             writer.u32(*replay_window);
-            writer.zeros(words as usize * 4);
         });
     }
     if let Some(direction) = direction {
