@@ -1,2 +1,4 @@
 //! Placeholder of the workspace skeleton.
+pub mod epochs;
+pub mod kernel;
 pub mod lease;
