@@ -237,14 +237,7 @@ pub fn peer(facts: &PeerFacts) -> Objects {
                 spi: through.spi,
                 reqid,
             };
-            policy(
-                &mut objects,
-                Direction::Out,
-                (any, subnet),
-                None,
-                priority::PEER,
-                template,
-            );
+            policy(&mut objects, between(Direction::Out, any, subnet), priority::PEER, template);
         }
     }
     // One family is enough for probes: the first that both have.
@@ -260,15 +253,7 @@ pub fn peer(facts: &PeerFacts) -> Objects {
             spi: through.spi,
             reqid,
         };
-        let ends = (IpNet::from(own), IpNet::from(remote));
-        policy(
-            &mut objects,
-            Direction::Out,
-            ends,
-            Some(probe::PORT),
-            priority::PROBE,
-            template,
-        );
+        policy(&mut objects, probe_policy(own, remote), priority::PROBE, template);
     }
     for subnet in facts.subnets.iter() {
         if let Some(source) = facts.own.bases().of_family(subnet.addr()) {
