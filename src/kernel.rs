@@ -310,7 +310,7 @@ pub enum WriteError {
         /// What was tried.
         op: String,
         /// The kernel's answer.
-        source: xfrm::Error,
+        source: xfrm::KernelError,
     },
     /// Something that is not ours stands where ours should: it is left as it is.
     #[error("{op}: {found} is in the way and is not ringmail's; remove it: {remedy}")]

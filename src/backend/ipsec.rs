@@ -87,7 +87,13 @@ pub fn node(facts: &NodeFacts) -> Objects {
         objects.insert(Key::Firewall, Object::Firewall(Box::new(firewall)));
     }
     if let Some(own) = facts.own {
-        objects.insert(Key::Link(LINK.into()), Object::Link { mtu: facts.mtu });
+        objects.insert(
+            Key::Link(LINK.into()),
+            Object::Link {
+                mtu: facts.mtu,
+                up: true,
+            },
+        );
         for base in own.bases().iter() {
             objects.insert(Key::Address(LINK.into(), base), Object::Address);
         }
@@ -237,7 +243,12 @@ pub fn peer(facts: &PeerFacts) -> Objects {
                 spi: through.spi,
                 reqid,
             };
-            policy(&mut objects, between(Direction::Out, any, subnet), priority::PEER, template);
+            policy(
+                &mut objects,
+                between(Direction::Out, any, subnet),
+                priority::PEER,
+                template,
+            );
         }
     }
     // One family is enough for probes: the first that both have.

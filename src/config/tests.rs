@@ -319,7 +319,9 @@ fn odd_things_are_warned_of_and_nothing_else_is() {
 #[test]
 fn every_wrong_network_configuration_is_refused_naming_key_value_and_remedy() {
     for (json, text) in GOLDEN {
-        if error(json) != format!("net-conf.json{text}") { println!("MISMATCH {json}\n  {}\n  net-conf.json{text}", error(json)); }
+        if error(json) != format!("net-conf.json{text}") {
+            println!("MISMATCH {json}\n  {}\n  net-conf.json{text}", error(json));
+        }
     }
 }
 
