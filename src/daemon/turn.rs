@@ -22,8 +22,8 @@ use crate::config::SubnetEnv;
 use crate::config::subnet_env::Written;
 use crate::kernel::encap::Encap;
 use crate::kernel::netlink::{Events, Netlink};
-use crate::kernel::{Datapath, Scope};
-use crate::lease::{Completeness, Lease, Revision, Roster, Subnets};
+use crate::kernel::Scope;
+use crate::lease::{Lease, Revision, Roster, Subnets};
 use crate::node::{Cause, Datagram, Settings};
 use crate::reconcile::{Reconciler, chain};
 use crate::store::Health;
@@ -97,6 +97,11 @@ pub(super) struct Turn {
     pub(super) encap_error: Option<String>,
     reopen: Option<Duration>,
     resync: Duration,
+    /// Whether the kernel keeps a direction on an SA.
+    directed: bool,
+    /// How often a packet filter that tells nobody is looked at, and when next.
+    filter_every: Duration,
+    filter: Duration,
     answers: Vec<Datagram>,
     pub(super) subnet_env_error: Option<String>,
 }
@@ -112,9 +117,18 @@ enum Woken {
 }
 
 impl Turn {
-    pub(super) fn new(reconciler: Reconciler<Netlink>, inputs: Inputs, outputs: Outputs) -> Self {
+    pub(super) fn new(
+        reconciler: Reconciler<Netlink>,
+        inputs: Inputs,
+        outputs: Outputs,
+        directed: bool,
+        filter_every: Duration,
+    ) -> Self {
         Self {
             reconciler,
+            directed,
+            filter_every,
+            filter: filter_every,
             inputs,
             outputs,
             random: SystemRandom::new(),
@@ -161,7 +175,7 @@ impl Turn {
 
     async fn wait(&mut self, events: &mut Events) -> Woken {
         let now = self.now();
-        let due = [self.reconciler.node.deadline(now), self.reconciler.deadline(), self.reopen, Some(self.resync)];
+        let due = [self.reconciler.node.deadline(now), self.reconciler.deadline(), self.reopen, Some(self.resync), Some(self.filter)];
         let due = due.into_iter().flatten().min().unwrap_or(self.resync);
         let sleep = tokio::time::sleep(due.saturating_sub(now).max(Duration::from_millis(1)));
         let Inputs { settings, roster, uplink, psks, holding, commands, stop, .. } = &mut self.inputs;
@@ -186,7 +200,8 @@ impl Turn {
     fn take_inputs(&mut self) {
         let now = self.now();
         let node = &mut self.reconciler.node;
-        node.configure(self.inputs.settings.borrow_and_update().clone());
+        let settings = self.inputs.settings.borrow_and_update().clone();
+        node.configure(Settings { directed: self.directed, ..settings });
         match &*self.inputs.uplink.borrow_and_update() {
             Ok(uplink) => node.uplinked(uplink.clone()),
             Err(error) => warn!(error = chain(error), "no uplink now; the last one stays in use"),
@@ -220,10 +235,7 @@ impl Turn {
             }
         }
         self.seen = roster.revision();
-        if roster.completeness == Completeness::Complete && !self.reconciler.is_complete() {
-            self.reconciler.completed();
-            self.reconciler.node.mark(Scope::Orphans);
-        }
+        self.reconciler.completed(roster.completeness);
     }
 
     fn turn(&mut self) {
@@ -233,6 +245,10 @@ impl Turn {
             if let Err(error) = self.reconciler.resync() {
                 error!(error = chain(&error), "the kernel can't be read");
             }
+        }
+        if now >= self.filter {
+            self.filter = now + self.filter_every;
+            self.reconciler.look_at_filter();
         }
         self.reconciler.pass(now);
         let unix = SystemTime::now().duration_since(UNIX_EPOCH).map_or(0, |since| since.as_secs());
