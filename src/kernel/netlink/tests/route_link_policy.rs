@@ -47,13 +47,17 @@ fn every_kind_of_object_can_be_changed() {
         assert_eq!(changes.len(), 6 + 1 + 6 + 2, "{changes:?}");
         must(&mut netlink, changes, &keys);
         assert_same(&netlink.dump().expect("dump"), &desired);
-        must(&mut netlink, desired.iter().map(|(k, o)| Op::Change(k.clone(), o.clone())).collect(), &keys);
+        must(
+            &mut netlink,
+            desired.iter().map(|(k, o)| Op::Change(k.clone(), o.clone())).collect(),
+            &keys,
+        );
         assert_same(&netlink.dump().expect("dump"), &desired);
     });
 }
 
 /// Things of other programs that resemble ours, and how `ip` shows them.
-fn foreigners() -> Vec<&'static str> {
+pub(super) fn foreigners() -> Vec<&'static str> {
     vec![
         "link add up0 type veth peer name up1",
         "link set up0 up",
@@ -73,9 +77,19 @@ fn foreigners() -> Vec<&'static str> {
 }
 
 fn what_ip_shows() -> String {
-    let shows = ["route show table all", "-6 route show table all", "address show up0", "xfrm policy"];
+    let shows = [
+        "route show table all",
+        "-6 route show table all",
+        "address show up0",
+        "xfrm policy",
+    ];
     let lines = shows.map(|arguments| ip(arguments));
-    lines.iter().flat_map(|lines| lines.lines()).filter(|line| !line.contains("lft")).collect::<Vec<_>>().join("\n")
+    lines
+        .iter()
+        .flat_map(|lines| lines.lines())
+        .filter(|line| !line.contains("lft"))
+        .collect::<Vec<_>>()
+        .join("\n")
 }
 
 #[test]
@@ -119,7 +133,11 @@ fn a_foreign_route_in_the_way_is_named_and_the_remedy_removes_it() {
         must(&mut netlink, make(&base), &keys);
 
         for (key, object, found) in [
-            (Key::GuardRoute(net("10.244.0.0/16")), Object::Unreachable, "blackhole 10.244.0.0/16 proto 3"),
+            (
+                Key::GuardRoute(net("10.244.0.0/16")),
+                Object::Unreachable,
+                "blackhole 10.244.0.0/16 proto 3",
+            ),
             (
                 Key::Route(net("10.244.2.0/24")),
                 peer_without_sas(2)[&Key::Route(net("10.244.2.0/24"))].clone(),
@@ -132,7 +150,10 @@ fn a_foreign_route_in_the_way_is_named_and_the_remedy_removes_it() {
             ),
         ] {
             let shown = what_shows(&key);
-            for op in [Op::Make(key.clone(), object.clone()), Op::Change(key.clone(), object.clone())] {
+            for op in [
+                Op::Make(key.clone(), object.clone()),
+                Op::Change(key.clone(), object.clone()),
+            ] {
                 let (text, remedy) = foreign(one(&mut netlink, op));
                 assert_eq!(text, found);
                 assert_eq!(remedy, format!("ip route delete {found}"));
@@ -146,8 +167,13 @@ fn a_foreign_route_in_the_way_is_named_and_the_remedy_removes_it() {
 }
 
 fn what_shows(key: &Key) -> String {
-    let (Key::Route(net) | Key::GuardRoute(net)) = key else { panic!("{key}") };
-    ip(&format!("{} route show {net}", if net.addr().is_ipv4() { "-4" } else { "-6" }))
+    let (Key::Route(net) | Key::GuardRoute(net)) = key else {
+        panic!("{key}")
+    };
+    ip(&format!(
+        "{} route show {net}",
+        if net.addr().is_ipv4() { "-4" } else { "-6" }
+    ))
 }
 
 #[test]
@@ -156,20 +182,32 @@ fn a_foreign_policy_in_the_way_is_named_and_the_remedy_removes_it() {
     in_namespace(|| {
         let (mut netlink, keys) = (open(), Keys::new());
         let desired = peer_without_sas(2);
-        let (key, object) = desired.iter().find(|(key, _)| key.to_string().contains("out src 0.0.0.0/0")).expect("it");
+        let (key, object) = desired
+            .iter()
+            .find(|(key, _)| key.to_string().contains("out src 0.0.0.0/0"))
+            .expect("it");
         for (arguments, words) in [
             ("priority 100 action block", " action block priority 100"),
-            ("priority 100 tmpl src 192.0.2.1 dst 192.0.2.9 proto esp reqid 7 mode tunnel", " priority 100 reqid 7"),
+            (
+                "priority 100 tmpl src 192.0.2.1 dst 192.0.2.9 proto esp reqid 7 mode tunnel",
+                " priority 100 reqid 7",
+            ),
             ("priority 9 limit packet-soft 10", " priority 9 (limits)"),
         ] {
-            ip(&format!("xfrm policy add dir out src 0.0.0.0/0 dst 10.244.2.0/24 {arguments}"));
+            ip(&format!(
+                "xfrm policy add dir out src 0.0.0.0/0 dst 10.244.2.0/24 {arguments}"
+            ));
             let before = ip("xfrm policy");
             let (found, remedy) = foreign(one(&mut netlink, Op::Make(key.clone(), object.clone())));
             assert_eq!(found, format!("policy dir out src 0.0.0.0/0 dst 10.244.2.0/24{words}"));
             assert_eq!(ip("xfrm policy"), before);
             ip(remedy.strip_prefix("ip ").expect("a command of ip"));
         }
-        must(&mut netlink, make(&desired.into_iter().filter(|(k, _)| k.kind() == Kind::Policy).collect()), &keys);
+        must(
+            &mut netlink,
+            make(&desired.into_iter().filter(|(k, _)| k.kind() == Kind::Policy).collect()),
+            &keys,
+        );
     });
 }
 
@@ -180,9 +218,15 @@ fn a_foreign_device_of_our_name_is_named_and_left() {
         ip("link add ringmail0 type bridge");
         let mut netlink = open();
         assert_same(&netlink.dump().expect("dump"), &Objects::new());
-        for op in [Op::Make(Key::Link(LINK.into()), link(1446)), Op::Change(Key::Link(LINK.into()), link(1446))] {
+        for op in [
+            Op::Make(Key::Link(LINK.into()), link(1446)),
+            Op::Change(Key::Link(LINK.into()), link(1446)),
+        ] {
             let (found, remedy) = foreign(one(&mut netlink, op));
-            assert_eq!((&*found, &*remedy), ("device ringmail0 of kind bridge", "ip link delete ringmail0"));
+            assert_eq!(
+                (&*found, &*remedy),
+                ("device ringmail0 of kind bridge", "ip link delete ringmail0")
+            );
         }
         one(&mut netlink, Op::Break(Key::Link(LINK.into()))).expect("nothing of ours is there");
         let shown = ip("link show ringmail0");
@@ -201,7 +245,11 @@ fn an_address_with_another_prefix_is_foreign_in_ipv6_and_beside_ours_in_ipv4() {
         ip("address add 10.244.1.0/24 dev ringmail0 noprefixroute");
         ip("address add fd00:244:0:1::/64 dev ringmail0 nodad noprefixroute");
         assert_same(&netlink.dump().expect("dump"), &desired);
-        one(&mut netlink, Op::Make(Key::Address(LINK.into(), addr("10.244.1.0")), Object::Address)).expect("beside");
+        one(
+            &mut netlink,
+            Op::Make(Key::Address(LINK.into(), addr("10.244.1.0")), Object::Address),
+        )
+        .expect("beside");
         let v6 = Op::Make(Key::Address(LINK.into(), addr("fd00:244:0:1::")), Object::Address);
         let (found, remedy) = foreign(one(&mut netlink, v6));
         assert_eq!(found, "fd00:244:0:1::/64 dev ringmail0");
@@ -223,7 +271,10 @@ fn a_missing_device_is_said_so_and_the_other_operations_go_on() {
         assert_eq!(error, "make route 10.244.2.0/24: there is no device ringmail0 (ENODEV)");
         assert!(results[1].is_ok());
         let address = Op::Make(Key::Address(LINK.into(), addr("10.244.1.0")), Object::Address);
-        assert!(matches!(one(&mut netlink, address).expect_err("no device").error, WriteError::Refused { .. }));
+        assert!(matches!(
+            one(&mut netlink, address).expect_err("no device").error,
+            WriteError::Refused { .. }
+        ));
         one(&mut netlink, Op::Change(Key::Link(LINK.into()), link(1400))).expect_err("no device");
     });
 }
@@ -238,17 +289,25 @@ fn every_kind_of_mesh_device_swallows_all_that_reaches_it_and_has_no_address_of_
             let (mut netlink, keys) = (open(), Keys::new());
             netlink.sinks = sinks;
             ip("link add up0 type veth peer name up1");
+            // Silent by itself.
+            for end in ["up0", "up1"] {
+                std::fs::write(format!("/proc/sys/net/ipv6/conf/{end}/disable_ipv6"), "1").expect("sysctl");
+                ip(&format!("link set {end} up"));
+            }
             ip("address add 192.0.2.1/24 dev up0");
-            ip("link set up0 up");
-            ip("link set up1 up");
             ip("route add default via 192.0.2.2");
             let mut desired = node();
             desired.retain(|key, _| !matches!(key, Key::Guard(..)));
-            let routes = peer_without_sas(2).into_iter().filter(|(key, _)| key.kind() == Kind::Route);
+            let routes = peer_without_sas(2)
+                .into_iter()
+                .filter(|(key, _)| key.kind() == Kind::Route);
             desired.extend(routes);
             must(&mut netlink, make(&desired), &keys);
             assert_same(&netlink.dump().expect("dump"), &desired);
-            assert!(!ip("address show dev ringmail0").contains("fe80"), "no link-local address");
+            assert!(
+                !ip("address show dev ringmail0").contains("fe80"),
+                "no link-local address"
+            );
 
             let sent = |device: &str| counter(device, "tx_packets") + counter(device, "rx_packets");
             let before = sent("up1");
@@ -256,7 +315,11 @@ fn every_kind_of_mesh_device_swallows_all_that_reaches_it_and_has_no_address_of_
                 let socket = std::net::UdpSocket::bind(from).expect("bind");
                 socket.connect(to).expect("a route and a source");
                 let expected = own_bases().of_family(socket.local_addr().expect("address").ip());
-                assert_eq!(Some(socket.local_addr().expect("address").ip()), expected, "the base address is the source");
+                assert_eq!(
+                    Some(socket.local_addr().expect("address").ip()),
+                    expected,
+                    "the base address is the source"
+                );
                 for _ in 0..10 {
                     // The veth says ENOBUFS or takes it; it does not arrive.
                     let _ = socket.send(b"plaintext");
@@ -272,9 +335,16 @@ fn every_kind_of_mesh_device_swallows_all_that_reaches_it_and_has_no_address_of_
 
 fn counter(device: &str, name: &str) -> u64 {
     let shown = ip(&format!("-s -s link show dev {device}"));
-    let mut lines = shown.lines().skip_while(|line| !line.trim_start().starts_with(&name[..2].to_uppercase()));
+    let mut lines = shown
+        .lines()
+        .skip_while(|line| !line.trim_start().starts_with(&name[..2].to_uppercase()));
     let numbers = lines.nth(1).expect("a line of numbers");
-    numbers.split_whitespace().nth(1).expect("packets").parse().expect("a number")
+    numbers
+        .split_whitespace()
+        .nth(1)
+        .expect("packets")
+        .parse()
+        .expect("a number")
 }
 
 #[test]
