@@ -5,10 +5,17 @@
 //! The one thing to know: nothing here falls back to an unencrypted mode. Without a `Backend` there is ipsec or an error.
 
 pub mod backend;
+pub mod flags;
+mod go_style;
 mod json;
 pub mod netconf;
+pub mod report;
 pub mod subnet_env;
+#[cfg(test)]
+mod tests;
 
-pub use backend::{Backend, Ipsec, PskSource, UnencryptedType};
-pub use netconf::{ConfError, Context, NetConf, Overlap, check_overlap};
+pub use backend::{Backend, Ipsec, NotInThisVersion, PskSource, UnencryptedType};
+pub use flags::{Environment, Flags, Store, Wanted};
+pub use go_style::{UsageError, normalise, odd_variables};
+pub use netconf::{ConfError, Context, NetConf, Overlap, Rule, check_overlap};
 pub use subnet_env::SubnetEnv;

@@ -9,6 +9,7 @@ pub mod encap;
 pub mod firewall;
 pub mod iptables;
 pub mod mtu;
+pub mod netlink;
 pub mod nft;
 pub mod sysctl;
 
@@ -189,6 +190,8 @@ pub enum Object {
     Link {
         /// The largest packet that a pod may send through the mesh, bytes.
         mtu: u32,
+        /// Whether it is set up; a device that is down has lost its routes. False only as read, nobody wants it so.
+        up: bool,
     },
     /// An address of a whole prefix length (/32, /128).
     Address,
@@ -307,7 +310,7 @@ pub enum WriteError {
         /// What was tried.
         op: String,
         /// The kernel's answer.
-        source: xfrm::Error,
+        source: xfrm::KernelError,
     },
     /// Something that is not ours stands where ours should: it is left as it is.
     #[error("{op}: {found} is in the way and is not ringmail's; remove it: {remedy}")]

@@ -162,6 +162,8 @@ pub struct Datagram {
     pub to: IpAddr,
     /// The sealed probe.
     pub bytes: [u8; probe::LEN],
+    /// The generation that it names, and so must be carried on.
+    pub sent: Generation,
 }
 
 /// Everything the node knows and decides.
@@ -533,6 +535,16 @@ impl Node {
     /// The own slot, once there is a lease.
     pub fn slot(&self) -> Option<Slot> {
         self.held.map(|(_, slot)| slot)
+    }
+
+    /// The own base address of the family that `like` is of.
+    pub fn base(&self, like: IpAddr) -> Option<IpAddr> {
+        self.held?.0.bases().of_family(like)
+    }
+
+    /// Every other node that the store has a lease of.
+    pub fn known(&self) -> impl Iterator<Item = NodeName> {
+        self.known.keys().cloned()
     }
 
     /// Marks everything for a new look.

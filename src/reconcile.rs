@@ -13,12 +13,13 @@ use ring::rand::SecureRandom;
 use tracing::{debug, error, info, warn};
 use xfrm::SaId;
 
+use crate::backend::ipsec;
 use crate::kernel::{
     Counters, Datapath, Event, Key, Kind, Object, Objects, Op, Refused, Scope, Write, WriteError, diff, order,
     reqid_slot,
 };
 use crate::lease::NodeName;
-use crate::node::{Cause, Node};
+use crate::node::{Cause, Datagram, Node};
 
 /// The first wait before a failed scope is tried again; it doubles up to [`SLOWEST`].
 const FIRST: Duration = Duration::from_millis(500);
@@ -116,6 +117,22 @@ impl<D: Datapath> Reconciler<D> {
     /// When the next pass has something to do of its own accord.
     pub fn deadline(&self) -> Option<Duration> {
         self.failing.values().map(|failing| failing.next).min()
+    }
+
+    /// Whether the kernel carries `datagram` on the generation that it names, and on no other.
+    pub fn carries(&self, datagram: &Datagram) -> bool {
+        let own = self
+            .node
+            .base(datagram.to)
+            .map(|own| ipsec::probe_policy(own, datagram.to));
+        let (Some(id), Some(slot)) = (own, self.node.slot()) else {
+            return false;
+        };
+        let Some(Object::Policy(policy)) = self.actual.get(&Key::Policy(id)) else {
+            return false;
+        };
+        let spi = ipsec::spi(slot, datagram.sent).0;
+        policy.template.as_ref().is_some_and(|template| template.spi == spi)
     }
 
     /// Takes what a notification says.

@@ -12,7 +12,6 @@ use keys::Epoch;
 use ringmail::epochs::{DRAIN, Data, Generation, Inherited, Pair};
 use xfrm::SaId;
 
-
 #[derive(Clone, Debug, Eq, Hash, PartialEq)]
 struct Node {
     pair: Pair,
@@ -45,7 +44,10 @@ fn sa(sender: usize, generation: Generation) -> SaId {
     let spi = (u32::try_from(sender).unwrap() + 1) << 16
         | u32::try_from(generation.sender.0).unwrap() << 8
         | u32::try_from(generation.receiver.0).unwrap();
-    SaId { dst: IpAddr::V4(Ipv4Addr::UNSPECIFIED), spi }
+    SaId {
+        dst: IpAddr::V4(Ipv4Addr::UNSPECIFIED),
+        spi,
+    }
 }
 
 fn receiver_epoch(id: SaId) -> u64 {
@@ -107,14 +109,20 @@ fn steps(world: &World, epochs: u64) -> Vec<Step> {
         for view in node.view + 1..=world.store[y].len() {
             changed(format!("{x} sees {view}"), &|w: &mut World| {
                 w.nodes[x].view = view;
-                w.nodes[x].pair.peer_epoch(Epoch(w.store[y][view - 1].0)).expect("epochs rise");
+                w.nodes[x]
+                    .pair
+                    .peer_epoch(Epoch(w.store[y][view - 1].0))
+                    .expect("epochs rise");
             });
         }
         if let Some(out) = node.out
             && !peer.inbound.contains(&out)
             && world.store[y][receiver_epoch(out) as usize - 1].1 == peer.boot
         {
-            steps.push((format!("{x} sends on {:#x}", out.spi), Err("the receiver can't read it".into())));
+            steps.push((
+                format!("{x} sends on {:#x}", out.spi),
+                Err("the receiver can't read it".into()),
+            ));
             continue;
         }
         let mut changed = |label: String, change: &dyn Fn(&mut World)| {
@@ -146,7 +154,10 @@ fn steps(world: &World, epochs: u64) -> Vec<Step> {
                         let inherited = if reboot {
                             Inherited::default()
                         } else {
-                            Inherited { inbound: w.nodes[x].inbound.clone(), data: w.nodes[x].out }
+                            Inherited {
+                                inbound: w.nodes[x].inbound.clone(),
+                                data: w.nodes[x].out,
+                            }
                         };
                         let seen = view.checked_sub(1).map(|at| Epoch(w.store[y][at].0));
                         let node = &mut w.nodes[x];
@@ -224,14 +235,23 @@ fn search(epochs: u64, limit: usize) -> usize {
         restarts: 0,
         reboots: 0,
     };
-    let start = World { nodes: [node.clone(), node], store: [Vec::new(), Vec::new()] };
+    let start = World {
+        nodes: [node.clone(), node],
+        store: [Vec::new(), Vec::new()],
+    };
     let mut came: HashMap<World, Option<(World, String)>> = HashMap::from([(start.clone(), None)]);
     let mut queue = VecDeque::from([start]);
     let mut states = 0;
     while let Some(world) = queue.pop_front() {
         states += 1;
-        let wrong = settle(&world, epochs).err().map(|why| ("when events stop".to_owned(), why));
-        let wrong = wrong.or_else(|| steps(&world, epochs).into_iter().find_map(|(label, next)| Some((label, next.err()?))));
+        let wrong = settle(&world, epochs)
+            .err()
+            .map(|why| ("when events stop".to_owned(), why));
+        let wrong = wrong.or_else(|| {
+            steps(&world, epochs)
+                .into_iter()
+                .find_map(|(label, next)| Some((label, next.err()?)))
+        });
         if let Some((label, why)) = wrong {
             let mut path = vec![format!("{label}: {why}")];
             let mut at = world;

@@ -138,5 +138,6 @@ fn scrub() {
     std::hint::black_box(&stack);
 }
 
-/// Bytes of stack that [`veiled`] wipes: several times what the deepest computation (X25519, unoptimised) uses.
+/// Bytes of stack that [`veiled`] wipes. With 2 KiB an unoptimised build leaves keys behind (`tests/wiped.rs` finds
+/// them), with 4 KiB none does; four times that is room for other compilers.
 const SCRUBBED: usize = 16 * 1024;

@@ -87,7 +87,13 @@ pub fn node(facts: &NodeFacts) -> Objects {
         objects.insert(Key::Firewall, Object::Firewall(Box::new(firewall)));
     }
     if let Some(own) = facts.own {
-        objects.insert(Key::Link(LINK.into()), Object::Link { mtu: facts.mtu });
+        objects.insert(
+            Key::Link(LINK.into()),
+            Object::Link {
+                mtu: facts.mtu,
+                up: true,
+            },
+        );
         for base in own.bases().iter() {
             objects.insert(Key::Address(LINK.into(), base), Object::Address);
         }
@@ -228,7 +234,7 @@ pub fn peer(facts: &PeerFacts) -> Objects {
                 spi: 0,
                 reqid,
             };
-            policy(&mut objects, direction, (subnet, any), None, priority::PEER, template);
+            policy(&mut objects, between(direction, subnet, any), priority::PEER, template);
         }
         if let Some(through) = facts.data {
             let template = Template {
@@ -239,9 +245,7 @@ pub fn peer(facts: &PeerFacts) -> Objects {
             };
             policy(
                 &mut objects,
-                Direction::Out,
-                (any, subnet),
-                None,
+                between(Direction::Out, any, subnet),
                 priority::PEER,
                 template,
             );
@@ -260,15 +264,7 @@ pub fn peer(facts: &PeerFacts) -> Objects {
             spi: through.spi,
             reqid,
         };
-        let ends = (IpNet::from(own), IpNet::from(remote));
-        policy(
-            &mut objects,
-            Direction::Out,
-            ends,
-            Some(probe::PORT),
-            priority::PROBE,
-            template,
-        );
+        policy(&mut objects, probe_policy(own, remote), priority::PROBE, template);
     }
     for subnet in facts.subnets.iter() {
         if let Some(source) = facts.own.bases().of_family(subnet.addr()) {
@@ -283,31 +279,39 @@ pub fn peer(facts: &PeerFacts) -> Objects {
     objects
 }
 
-fn policy(
-    objects: &mut Objects,
-    direction: Direction,
-    (src, dst): (IpNet, IpNet),
-    udp: Option<u16>,
-    priority: u32,
-    template: Template,
-) {
-    let protocol = udp.map_or(0, |_| UDP);
+/// The id of the policy that carries probes from our base address to a peer's.
+pub fn probe_policy(own: IpAddr, remote: IpAddr) -> PolicyId {
+    let port = Some(probe::PORT);
     let selector = Selector {
-        src,
-        dst,
-        protocol,
-        sport: udp,
-        dport: udp,
+        src: own.into(),
+        dst: remote.into(),
+        protocol: UDP,
+        sport: port,
+        dport: port,
         ifindex: 0,
     };
-    let id = PolicyId { direction, selector };
+    PolicyId {
+        direction: Direction::Out,
+        selector,
+    }
+}
+
+fn policy(objects: &mut Objects, id: PolicyId, priority: u32, template: Template) {
     let policy = Policy {
-        id: id.clone(),
+        id,
         priority,
         action: Action::Allow,
         template: Some(template),
     };
     objects.insert(Key::Policy(id), Object::Policy(Box::new(policy)));
+}
+
+/// A policy for all traffic between two ranges.
+fn between(direction: Direction, src: IpNet, dst: IpNet) -> PolicyId {
+    PolicyId {
+        direction,
+        selector: Selector::between(src, dst),
+    }
 }
 
 /// IPPROTO_UDP.

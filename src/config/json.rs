@@ -307,7 +307,7 @@ pub(super) fn nearest<'a>(given: &str, words: &[&'a str]) -> Option<&'a str> {
     let given: Vec<char> = given.chars().take(64).flat_map(char::to_lowercase).collect();
     let near = |word: &'a str| (distance(&given, &word.to_lowercase().chars().collect::<Vec<_>>()), word);
     let (edits, word) = words.iter().map(|word| near(word)).min()?;
-    (edits <= 1 + word.len() / 5).then_some(word)
+    (edits <= 1 + word.len() / 5 && edits < word.len()).then_some(word)
 }
 
 /// How many insertions, deletions and replacements lead from `a` to `b`.

@@ -72,6 +72,7 @@ impl Node {
         Some(Datagram {
             to,
             bytes: probe.seal(&peer.keys.get(&sent)?.probe),
+            sent,
         })
     }
 

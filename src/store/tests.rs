@@ -204,6 +204,7 @@ async fn a_lease_that_no_longer_fits_the_network_is_replaced_and_handed_back() {
 async fn a_subnet_that_overlaps_a_lease_of_another_size_is_not_given_out() {
     let temp = Temp::new();
     temp.put(&lease("wide", "10.244.0.0-17"), 1);
+    temp.put(&lease("inside", "10.244.1.0-24"), 1);
     temp.put(&lease("narrow", "10.244.130.128-25"), 1);
     temp.put(&lease("dual", "10.244.131.0-24&fd00:244:0:1::-64"), 1);
     let store = temp.open().await;

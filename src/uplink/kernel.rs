@@ -49,10 +49,10 @@ async fn follow(
         let again = async {
             let unread = matches!(*sender.borrow(), Err(UplinkError::Read(_)));
             if unread {
-                sleep(AGAIN).await
+                sleep(AGAIN).await;
             } else {
-                std::future::pending::<()>().await
-            };
+                std::future::pending::<()>().await;
+            }
         };
         tokio::select! {
             () = sender.closed() => return,

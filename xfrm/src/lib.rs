@@ -17,6 +17,7 @@
 
 mod address;
 mod batch;
+mod display;
 mod error;
 pub mod event;
 pub mod message;

@@ -39,6 +39,8 @@ async fn a_missing_folder_is_an_outage_and_a_recreated_one_is_picked_up() {
     })
     .await;
     store.publish(&mine).await.unwrap();
+    tokio::time::sleep(Duration::from_millis(1500)).await;
+    assert_eq!(names(&roster.borrow()), ["a", "b", "c"]);
     temp.put(&lease("b", "10.244.2.0-24"), 1);
     until(&mut roster, |roster| {
         names(roster) == ["a", "b"] && roster.completeness == Completeness::Complete

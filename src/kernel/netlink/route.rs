@@ -1,0 +1,246 @@
+//! Routes: dump and writes.
+
+use std::collections::{BTreeMap, BTreeSet};
+use std::net::{IpAddr, Ipv4Addr, Ipv6Addr};
+
+use ipnet::IpNet;
+use nix::libc;
+use nix::net::if_::{if_indextoname, if_nametoindex};
+use xfrm::{Batch, Connection};
+
+use super::message::{AF_INET6, FAMILIES, NLM_F_CREATE, NLM_F_EXCL, NLM_F_REPLACE, Route, family, route_filter};
+use super::{gone_is_done, kernel_error, misfit, outcome, unread};
+use crate::kernel::{Key, Object, Objects, Op, ROUTE_PROTOCOL, Refused, WriteError};
+
+/// Puts every route of ours into `objects`.
+pub(super) fn dump(connection: &mut Connection, objects: &mut Objects) -> Result<(), WriteError> {
+    for family in FAMILIES {
+        for route in read(connection, family, ROUTE_PROTOCOL)?
+            .iter()
+            .filter(|route| route.is_ours())
+        {
+            let (key, object) = object(route);
+            objects.insert(key, object);
+        }
+    }
+    Ok(())
+}
+
+/// How a route of ours looks to the reconciler. One that lost its device or source shows so, and is changed back.
+pub(super) fn object(route: &Route) -> (Key, Object) {
+    if route.kind != libc::RTN_UNICAST {
+        return (Key::GuardRoute(route.net), Object::Unreachable);
+    }
+    let nowhere = match route.net {
+        IpNet::V4(_) => IpAddr::V4(Ipv4Addr::UNSPECIFIED),
+        IpNet::V6(_) => IpAddr::V6(Ipv6Addr::UNSPECIFIED),
+    };
+    let link = route.link.map(link_name).unwrap_or_default();
+    (
+        Key::Route(route.net),
+        Object::Route {
+            link,
+            source: route.source.unwrap_or(nowhere),
+            mtu: route.mtu,
+        },
+    )
+}
+
+/// Carries operations on routes out; one result each.
+///
+/// A place that is taken is looked at: a route of ours is replaced, someone else's is named and left.
+pub(super) fn apply(connection: &mut Connection, ops: &[Op]) -> Vec<Result<(), Refused>> {
+    let mut results: Vec<Option<Result<(), WriteError>>> = ops.iter().map(|_| None).collect();
+    let mut links = BTreeMap::new();
+    let mut first = Round::default();
+    let mut occupied = Vec::new();
+    for (index, op) in ops.iter().enumerate() {
+        match (op, wanted(op, &mut links)) {
+            (_, Err(error)) => results[index] = Some(Err(error)),
+            (Op::Break(_), Ok(route)) => first.remove(index, &route),
+            (Op::Make(..), Ok(route)) => first.make(index, &route, NLM_F_CREATE | NLM_F_EXCL),
+            // To replace is to trust that what is there is ours.
+            (Op::Change(..), Ok(route)) => occupied.push((index, route)),
+        }
+    }
+    for (index, result) in first.execute(connection) {
+        match result {
+            Err(error) if error.exists() => match wanted(&ops[index], &mut links) {
+                Ok(route) => occupied.push((index, route)),
+                Err(error) => results[index] = Some(Err(error)),
+            },
+            other => results[index] = Some(other.map_err(|error| outcome(&ops[index], error))),
+        }
+    }
+    let mut second = Round::default();
+    match standing(connection, &occupied) {
+        Err(error) => {
+            let why = super::chain(&error);
+            for (index, _) in occupied {
+                results[index] = Some(Err(WriteError::Failed {
+                    op: ops[index].to_string(),
+                    why: why.clone(),
+                }));
+            }
+        }
+        Ok(standing) => {
+            for (index, route) in occupied {
+                let there = standing.get(&route.net).map_or(&[][..], Vec::as_slice);
+                let flags = if there.iter().any(|there| there.is_ours() && there.is_in_the_way()) {
+                    NLM_F_CREATE | NLM_F_REPLACE
+                } else {
+                    NLM_F_CREATE | NLM_F_EXCL
+                };
+                match there.iter().find(|there| there.is_in_the_way() && !there.is_ours()) {
+                    Some(theirs) => results[index] = Some(Err(foreign(&ops[index], theirs))),
+                    None => second.make(index, &route, flags),
+                }
+            }
+        }
+    }
+    for (index, result) in second.execute(connection) {
+        results[index] = Some(result.map_err(|error| outcome(&ops[index], error)));
+    }
+    let refused = |error| Refused { error, secret: None };
+    results
+        .into_iter()
+        .map(|result| result.expect("every operation has gone one way").map_err(refused))
+        .collect()
+}
+
+/// Requests that go together, each with the operation it is for.
+#[derive(Default)]
+struct Round {
+    batch: Batch,
+    indexes: Vec<usize>,
+    breaks: BTreeSet<usize>,
+}
+
+impl Round {
+    fn make(&mut self, index: usize, route: &Route, flags: u16) {
+        self.batch.push(libc::RTM_NEWROUTE, flags, |writer| route.write(writer));
+        self.indexes.push(index);
+    }
+
+    fn remove(&mut self, index: usize, route: &Route) {
+        self.batch.push(libc::RTM_DELROUTE, 0, |writer| route.write_key(writer));
+        self.indexes.push(index);
+        self.breaks.insert(index);
+    }
+
+    fn execute(self, connection: &mut Connection) -> Vec<(usize, Result<(), xfrm::Error>)> {
+        let Self { batch, indexes, breaks } = self;
+        let results = connection.execute(batch).into_iter();
+        let done = |index, result| {
+            if breaks.contains(&index) {
+                gone_is_done(result)
+            } else {
+                result
+            }
+        };
+        indexes
+            .into_iter()
+            .zip(results)
+            .map(|(index, result)| (index, done(index, result)))
+            .collect()
+    }
+}
+
+/// The route that an operation is about. The device's index is looked up here, once for all operations.
+fn wanted(op: &Op, links: &mut BTreeMap<String, Option<u32>>) -> Result<Route, WriteError> {
+    match op {
+        Op::Make(Key::GuardRoute(net), Object::Unreachable) | Op::Change(Key::GuardRoute(net), Object::Unreachable) => {
+            Ok(Route::ours(*net, None, None, None))
+        }
+        Op::Make(Key::Route(net), Object::Route { link, source, mtu })
+        | Op::Change(Key::Route(net), Object::Route { link, source, mtu }) => {
+            let index = *links
+                .entry(link.clone())
+                .or_insert_with(|| if_nametoindex(link.as_str()).ok());
+            let Some(index) = index else {
+                let source = xfrm::KernelError {
+                    text: Some(format!("there is no device {link}")),
+                    ..kernel_error(nix::errno::Errno::ENODEV)
+                };
+                return Err(WriteError::Refused {
+                    op: op.to_string(),
+                    source,
+                });
+            };
+            Ok(Route::ours(*net, Some(index), Some(*source), *mtu))
+        }
+        Op::Break(Key::GuardRoute(net)) => Ok(Route::ours(*net, None, None, None)),
+        Op::Break(Key::Route(net)) => Ok(Route {
+            kind: libc::RTN_UNICAST,
+            ..Route::ours(*net, None, None, None)
+        }),
+        Op::Make(..) | Op::Change(..) | Op::Break(_) => Err(misfit(op)),
+    }
+}
+
+/// All routes to the nets of these, whoever made them.
+fn standing(
+    connection: &mut Connection,
+    occupied: &[(usize, Route)],
+) -> Result<BTreeMap<IpNet, Vec<Route>>, WriteError> {
+    let mut standing: BTreeMap<IpNet, Vec<Route>> = BTreeMap::new();
+    let nets: BTreeSet<IpNet> = occupied.iter().map(|(_, route)| route.net).collect();
+    let families: BTreeSet<u8> = nets.iter().map(|net| family(net.addr())).collect();
+    for family in families {
+        for route in read(connection, family, 0)? {
+            if nets.contains(&route.net) {
+                standing.entry(route.net).or_default().push(route);
+            }
+        }
+    }
+    Ok(standing)
+}
+
+/// The routes of a family that `protocol` made; 0 for anyone.
+fn read(connection: &mut Connection, family: u8, protocol: u8) -> Result<Vec<Route>, WriteError> {
+    let found = connection.dump(
+        libc::RTM_GETROUTE,
+        |writer| route_filter(writer, family, protocol),
+        |message| Route::parse(&message).filter(|route| super::message::family(route.net.addr()) == family),
+    );
+    match found {
+        // A kernel without IPv6 has no such table.
+        Err(xfrm::Error::Kernel(error)) if family == AF_INET6 && error.errno == libc::EOPNOTSUPP => Ok(Vec::new()),
+        other => other.map_err(|error| unread("the routes", error)),
+    }
+}
+
+/// Names the route in the way as `ip route` shows it, and the command that removes it.
+fn foreign(op: &Op, route: &Route) -> WriteError {
+    let kind = match route.kind {
+        libc::RTN_UNICAST => "",
+        libc::RTN_UNREACHABLE => "unreachable ",
+        libc::RTN_BLACKHOLE => "blackhole ",
+        libc::RTN_PROHIBIT => "prohibit ",
+        libc::RTN_THROW => "throw ",
+        _ => "local ",
+    };
+    let via = route
+        .gateway
+        .map(|gateway| format!(" via {gateway}"))
+        .unwrap_or_default();
+    let device = route
+        .link
+        .map(|link| format!(" dev {}", link_name(link)))
+        .unwrap_or_default();
+    let found = format!("{kind}{}{via}{device} proto {}", route.net, route.protocol);
+    let remedy = format!("ip route delete {found}");
+    WriteError::Foreign {
+        op: op.to_string(),
+        found,
+        remedy,
+    }
+}
+
+/// A device's name; its number in words where it has just gone.
+pub(super) fn link_name(index: u32) -> String {
+    match if_indextoname(index) {
+        Ok(name) => name.to_string_lossy().into_owned(),
+        Err(_) => format!("if{index}"),
+    }
+}
