@@ -10,7 +10,7 @@ use std::net::IpAddr;
 use ipnet::IpNet;
 use nix::errno::Errno;
 use nix::libc;
-use xfrm::{Batch, Connection};
+use xfrm::{Batch, Connection, Writer};
 
 use super::message::{AF_INET6, AF_UNSPEC, Address, IFF_NOARP, IFF_UP, Link, NLM_F_CREATE, NLM_F_EXCL, link_header};
 use super::{LINK, gone_is_done, kernel_error, misfit, outcome, unread};
@@ -131,15 +131,17 @@ pub(super) fn apply(
             remedy,
         });
     }
-    // Before it is set up, so that it never has a link-local address. Fails where the kernel has no IPv6.
-    let _ = execute(connection, libc::RTM_NEWLINK, |writer| {
-        link_header(writer, link.index, 0);
-        writer.nested(libc::IFLA_AF_SPEC, |writer| {
-            writer.nested(AF_INET6.into(), |writer| {
-                writer.attribute(IFLA_INET6_ADDR_GEN_MODE, &[IN6_ADDR_GEN_MODE_NONE]);
+    if !link.up {
+        // Before it is set up, so that it never has a link-local address. Fails where the kernel has no IPv6.
+        let _ = execute(connection, libc::RTM_NEWLINK, |writer| {
+            link_header(writer, link.index, 0);
+            writer.nested(libc::IFLA_AF_SPEC, |writer| {
+                writer.nested(AF_INET6.into(), |writer| {
+                    writer.attribute(IFLA_INET6_ADDR_GEN_MODE, &[IN6_ADDR_GEN_MODE_NONE]);
+                });
             });
         });
-    });
+    }
     execute(connection, libc::RTM_NEWLINK, |writer| {
         link_header(writer, link.index, IFF_UP | IFF_NOARP);
         writer.attribute_u32(libc::IFLA_MTU, mtu);
@@ -158,32 +160,46 @@ pub(super) fn apply(
 fn create(connection: &mut Connection, sinks: &[Sink], name: &str, mtu: u32) -> Result<(), xfrm::Error> {
     let mut result = Ok(());
     for sink in sinks {
-        let mut batch = Batch::new();
-        batch.push(libc::RTM_NEWLINK, NLM_F_CREATE | NLM_F_EXCL, |writer| {
-            link_header(writer, 0, 0);
-            writer.attribute_str(libc::IFLA_IFNAME, name);
-            writer.attribute_u32(libc::IFLA_MTU, mtu);
-            writer.nested(libc::IFLA_LINKINFO, |writer| {
-                writer.attribute_str(libc::IFLA_INFO_KIND, sink.kind());
-                if *sink == Sink::Veth {
-                    writer.nested(libc::IFLA_INFO_DATA, |writer| {
-                        writer.nested(VETH_INFO_PEER, |writer| {
-                            link_header(writer, 0, 0);
-                            writer.attribute_str(libc::IFLA_IFNAME, &peer_name(name));
-                            writer.attribute_u32(libc::IFLA_MTU, mtu);
-                        });
-                    });
-                }
+        let peers = match sink {
+            Sink::Dummy => &[None][..],
+            // The good name may still be on the other end of one that was renamed; then the kernel gives it a name.
+            Sink::Veth => &[Some(peer_name(name)), None],
+        };
+        for peer in peers {
+            let mut batch = Batch::new();
+            batch.push(libc::RTM_NEWLINK, NLM_F_CREATE | NLM_F_EXCL, |writer| {
+                link_header(writer, 0, 0);
+                writer.attribute_str(libc::IFLA_IFNAME, name);
+                writer.attribute_u32(libc::IFLA_MTU, mtu);
+                writer.nested(libc::IFLA_LINKINFO, |writer| {
+                    writer.attribute_str(libc::IFLA_INFO_KIND, sink.kind());
+                    if *sink == Sink::Veth {
+                        write_peer(writer, peer.as_deref(), mtu);
+                    }
+                });
             });
-        });
-        result = connection.execute(batch).pop().unwrap_or(Err(xfrm::Error::Unknown));
-        match &result {
-            Err(error) if error.exists() => return Ok(()),
-            Err(xfrm::Error::Kernel(error)) if error.errno == libc::EOPNOTSUPP => {}
-            _ => return result,
+            result = connection.execute(batch).pop().unwrap_or(Err(xfrm::Error::Unknown));
+            match &result {
+                Err(error) if error.exists() && find(connection, name)?.is_some() => return Ok(()),
+                Err(xfrm::Error::Kernel(error)) if [libc::EOPNOTSUPP, libc::EEXIST].contains(&error.errno) => {}
+                _ => return result,
+            }
         }
     }
     result
+}
+
+/// Writes what a veth's other end is like.
+fn write_peer(writer: &mut Writer<'_>, name: Option<&str>, mtu: u32) {
+    writer.nested(libc::IFLA_INFO_DATA, |writer| {
+        writer.nested(VETH_INFO_PEER, |writer| {
+            link_header(writer, 0, 0);
+            if let Some(name) = name {
+                writer.attribute_str(libc::IFLA_IFNAME, name);
+            }
+            writer.attribute_u32(libc::IFLA_MTU, mtu);
+        });
+    });
 }
 
 /// The name of the other end of a veth: "ringmail0-down", within the 15 characters of a device's name.
@@ -267,11 +283,7 @@ pub(super) fn apply_address(connection: &mut Connection, known: &RefCell<Known>,
     Ok(())
 }
 
-fn execute(
-    connection: &mut Connection,
-    kind: u16,
-    body: impl FnOnce(&mut xfrm::Writer<'_>),
-) -> Result<(), xfrm::Error> {
+fn execute(connection: &mut Connection, kind: u16, body: impl FnOnce(&mut Writer<'_>)) -> Result<(), xfrm::Error> {
     let mut batch = Batch::new();
     batch.push(kind, 0, body);
     connection.execute(batch).pop().unwrap_or(Err(xfrm::Error::Unknown))

@@ -57,7 +57,7 @@ fn every_kind_of_object_can_be_changed() {
 }
 
 /// Things of other programs that resemble ours, and how `ip` shows them.
-fn foreigners() -> Vec<&'static str> {
+pub(super) fn foreigners() -> Vec<&'static str> {
     vec![
         "link add up0 type veth peer name up1",
         "link set up0 up",
@@ -289,9 +289,12 @@ fn every_kind_of_mesh_device_swallows_all_that_reaches_it_and_has_no_address_of_
             let (mut netlink, keys) = (open(), Keys::new());
             netlink.sinks = sinks;
             ip("link add up0 type veth peer name up1");
+            // Silent by itself.
+            for end in ["up0", "up1"] {
+                std::fs::write(format!("/proc/sys/net/ipv6/conf/{end}/disable_ipv6"), "1").expect("sysctl");
+                ip(&format!("link set {end} up"));
+            }
             ip("address add 192.0.2.1/24 dev up0");
-            ip("link set up0 up");
-            ip("link set up1 up");
             ip("route add default via 192.0.2.2");
             let mut desired = node();
             desired.retain(|key, _| !matches!(key, Key::Guard(..)));
