@@ -1,5 +1,7 @@
 //! Placeholder of the workspace skeleton.
+pub mod admin;
 pub mod admission;
+pub mod audit;
 pub mod backend;
 pub mod config;
 pub mod epochs;
