@@ -43,7 +43,10 @@ pub enum StartError {
 
 /// Runs until SIGTERM or SIGINT. What it made in the kernel stays.
 pub fn run(flags: &Flags) -> Result<(), StartError> {
-    let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build().context("start the runtime")?;
+    let runtime = tokio::runtime::Builder::new_current_thread()
+        .enable_all()
+        .build()
+        .context("start the runtime")?;
     runtime.block_on(start(flags))
 }
 
@@ -88,13 +91,21 @@ async fn start(flags: &Flags) -> Result<(), StartError> {
         commands,
         stop,
     };
-    let outputs = Outputs { lease: lease_out, subnet_file: flags.subnet_file.clone(), ready: ready_out };
+    let outputs = Outputs {
+        lease: lease_out,
+        subnet_file: flags.subnet_file.clone(),
+        ready: ready_out,
+    };
     let listener = admin::listen(&flags.run_dir).context("open the control socket")?;
     let (started_in, started) = oneshot::channel();
-    let options = Options { prefer_nft: conf.nftables };
+    let options = Options {
+        prefer_nft: conf.nftables,
+    };
     let resync = Duration::from_secs(u64::from(flags.iptables_resync.max(1)));
     let thread = std::thread::Builder::new().name("reconcile".into());
-    let turning = thread.spawn(move || turn_thread(options, inputs, outputs, resync, started_in)).context("start the loop")?;
+    let turning = thread
+        .spawn(move || turn_thread(options, inputs, outputs, resync, started_in))
+        .context("start the loop")?;
     started.await.context("the loop ended at its start")??;
     tokio::spawn(admin::serve(listener, command_in));
 
@@ -115,7 +126,12 @@ async fn start(flags: &Flags) -> Result<(), StartError> {
     };
     let run_dir = flags.run_dir.clone();
     let keep = tokio::spawn(keeper.keep(holding_in, lease, health_in, note, run_dir));
-    tokio::spawn(sources::follow_conf(flags.clone(), store, settings_in, misconfigured_in));
+    tokio::spawn(sources::follow_conf(
+        flags.clone(),
+        store,
+        settings_in,
+        misconfigured_in,
+    ));
     tokio::spawn(async move {
         if ready.wait_for(|ready| *ready).await.is_ok() {
             info!("ready: lease held, datapath in order, subnet.env written");
@@ -156,17 +172,27 @@ fn turn_thread(
         let opened = (|| -> Result<_> {
             let mut kernel = Netlink::open(&options)?;
             let settings = inputs.settings.borrow().clone();
-            let local = inputs.uplink.borrow().as_ref().map(|uplink| uplink.local).unwrap_or_default();
+            let local = inputs
+                .uplink
+                .borrow()
+                .as_ref()
+                .map(|uplink| uplink.local)
+                .unwrap_or_default();
             let features = kernel.preflight(settings.cipher, &local)?;
             let events = kernel.events()?;
-            let settings = Settings { directed: features.sa_direction, ..settings };
+            let settings = Settings {
+                directed: features.sa_direction,
+                ..settings
+            };
             let reconciler = Reconciler::new(kernel, |left| Node::new(settings, left)).context("read the kernel")?;
             Ok((reconciler, events, features.sa_direction))
         })();
         match opened {
             Ok((reconciler, events, directed)) => {
                 let _ = started.send(Ok(()));
-                Turn::new(reconciler, inputs, outputs, directed, resync).run(events).await;
+                Turn::new(reconciler, inputs, outputs, directed, resync)
+                    .run(events)
+                    .await;
             }
             Err(error) => {
                 let _ = started.send(Err(error));
@@ -180,12 +206,18 @@ fn keys_of(ipsec: &Ipsec, network: &Network) -> Result<watch::Receiver<psk::Held
         PskSource::File(path) => psk::watch(path.clone(), network.to_string(), REREAD),
         PskSource::Inline(psk) => {
             let set = psk::PskSet::of(psk.clone());
-            watch::channel(psk::Held { set: Some(set.into()), error: None }).1
+            watch::channel(psk::Held {
+                set: Some(set.into()),
+                error: None,
+            })
+            .1
         }
     };
     let held = receiver.borrow().clone();
     if let (None, Some(error)) = (&held.set, held.error) {
-        return Err(StartError::Configuration(anyhow::Error::new(error).context("read the PSK")));
+        return Err(StartError::Configuration(
+            anyhow::Error::new(error).context("read the PSK"),
+        ));
     }
     for warning in held.set.iter().flat_map(|set| &set.warnings) {
         warn!("{warning}");
@@ -216,7 +248,11 @@ fn absolute(path: &std::path::Path) -> PathBuf {
 /// Refuses what can't change while the daemon runs.
 fn unchangeable(now: &Settings, wanted: &Settings) -> Result<()> {
     if now.network != wanted.network {
-        bail!("Network can't change from {} to {} while the daemon runs: stop it, `ringmail cleanup`, start it again", now.network, wanted.network);
+        bail!(
+            "Network can't change from {} to {} while the daemon runs: stop it, `ringmail cleanup`, start it again",
+            now.network,
+            wanted.network
+        );
     }
     Ok(())
 }

@@ -555,12 +555,18 @@ impl Node {
     /// The names of the nodes by slot, this one's included.
     pub fn slots(&self) -> BTreeMap<Slot, NodeName> {
         let own = self.slot().map(|slot| (slot, self.settings.name.clone()));
-        self.peers.iter().map(|(name, peer)| (peer.slot, name.clone())).chain(own).collect()
+        self.peers
+            .iter()
+            .map(|(name, peer)| (peer.slot, name.clone()))
+            .chain(own)
+            .collect()
     }
 
     /// The leases that are refused, each with the reason.
     pub fn refusals(&self) -> impl Iterator<Item = (&NodeName, &Refusal)> {
-        self.known.iter().filter_map(|(name, known)| Some((name, known.refusal.as_ref()?)))
+        self.known
+            .iter()
+            .filter_map(|(name, known)| Some((name, known.refusal.as_ref()?)))
     }
 
     /// Every other node that the store has a lease of.

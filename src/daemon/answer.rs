@@ -51,7 +51,9 @@ fn status(turn: &mut Turn) -> Report {
         problem(format!("no uplink now: {}", chain(error)));
     }
     if let Some(error) = turn.inputs.misconfigured.borrow().as_ref() {
-        problem(format!("the new configuration is refused, the last good one is in force: {error}"));
+        problem(format!(
+            "the new configuration is refused, the last good one is in force: {error}"
+        ));
     }
     for error in turn.encap_error.iter().chain(&turn.subnet_env_error) {
         problem(error.clone());
@@ -76,7 +78,10 @@ fn compare(turn: &mut Turn) -> Result<Audit, String> {
 fn rotate(turn: &mut Turn) -> Result<Rotation, String> {
     let previous = turn.reconciler.node.epoch();
     match turn.rotate() {
-        Some(epoch) if Some(epoch) != previous => Ok(Rotation { epoch: epoch.0, previous: previous.map(|p| p.0) }),
+        Some(epoch) if Some(epoch) != previous => Ok(Rotation {
+            epoch: epoch.0,
+            previous: previous.map(|p| p.0),
+        }),
         _ => Err("no epoch can begin now: `ringmail status` says what is missing".into()),
     }
 }
@@ -84,7 +89,10 @@ fn rotate(turn: &mut Turn) -> Result<Rotation, String> {
 fn leases(turn: &mut Turn) -> Leases {
     let roster = turn.inputs.roster.borrow();
     let node = &turn.reconciler.node;
-    let refusals: BTreeMap<_, _> = node.refusals().map(|(name, refusal)| (name, refusal.to_string())).collect();
+    let refusals: BTreeMap<_, _> = node
+        .refusals()
+        .map(|(name, refusal)| (name, refusal.to_string()))
+        .collect();
     let own = &node.settings().name;
     let judged: Vec<LeaseReport> = Leases::judged(own, roster.leases(), |name| refusals.get(name).cloned());
     Leases {

@@ -37,11 +37,23 @@ pub(super) async fn net_conf(flags: &Flags, store: &Store) -> Result<NetConf> {
     match store.config().await? {
         Some(json) => {
             let json = Zeroizing::new(json);
-            Ok(NetConf::parse(&json, &Context { file: "the store's net-conf.json", psk_file })?)
+            Ok(NetConf::parse(
+                &json,
+                &Context {
+                    file: "the store's net-conf.json",
+                    psk_file,
+                },
+            )?)
         }
         None => Ok(NetConf::load(&flags.net_config_path, psk_file).with_context(|| {
-            let folder = flags.lease_dir.as_ref().map(|dir| dir.join("net-conf.json").display().to_string());
-            format!("neither {} nor --net-config-path gives a configuration", folder.unwrap_or_default())
+            let folder = flags
+                .lease_dir
+                .as_ref()
+                .map(|dir| dir.join("net-conf.json").display().to_string());
+            format!(
+                "neither {} nor --net-config-path gives a configuration",
+                folder.unwrap_or_default()
+            )
         })?),
     }
 }
@@ -83,7 +95,10 @@ pub(super) async fn follow_conf(
         misconfigured.send_if_modified(|before| {
             let differs = *before != error;
             if let (true, Some(error)) = (differs, &error) {
-                error!(error, "the new configuration is refused; the last good one stays in force");
+                error!(
+                    error,
+                    "the new configuration is refused; the last good one stays in force"
+                );
             }
             *before = error;
             differs
@@ -118,15 +133,21 @@ impl Keeper {
         }
         info!(subnets = %held.subnets, "holding a lease");
         let previous = self.previous(&held);
-        holding.send_replace(Some(Holding { subnets: held.subnets, slot: held.slot, previous }));
+        holding.send_replace(Some(Holding {
+            subnets: held.subnets,
+            slot: held.slot,
+            previous,
+        }));
         let mut roster = self.store.roster();
         let (mut wait, mut failing) = (FIRST, None);
         loop {
             let wanted = lease.borrow_and_update().clone();
             let outcome = match &wanted {
-                Some(wanted) if roster.borrow_and_update().get(&self.node).map(|held| &**held) != Some(wanted) => {
-                    self.store.publish(wanted).await.map(|()| info!(lease = %wanted.subnets, "published"))
-                }
+                Some(wanted) if roster.borrow_and_update().get(&self.node).map(|held| &**held) != Some(wanted) => self
+                    .store
+                    .publish(wanted)
+                    .await
+                    .map(|()| info!(lease = %wanted.subnets, "published")),
                 _ => Ok(()),
             };
             let again = match outcome {
@@ -179,9 +200,21 @@ impl Keeper {
         let (mut wait, mut failing) = (FIRST, None);
         loop {
             let mut random = [0; 8];
-            SystemRandom::new().fill(&mut random).ok().context("draw a random number")?;
-            let public = self.uplink.borrow().as_ref().map(|uplink| uplink.public).unwrap_or_default();
-            let claim = Claim { previous, public, random: u64::from_be_bytes(random) };
+            SystemRandom::new()
+                .fill(&mut random)
+                .ok()
+                .context("draw a random number")?;
+            let public = self
+                .uplink
+                .borrow()
+                .as_ref()
+                .map(|uplink| uplink.public)
+                .unwrap_or_default();
+            let claim = Claim {
+                previous,
+                public,
+                random: u64::from_be_bytes(random),
+            };
             match self.store.acquire(&self.node, &self.network, &claim).await {
                 Ok(held) => return Ok(held),
                 Err(error) if !error.is_transient() => return Err(error).context("take a subnet"),
