@@ -237,7 +237,8 @@ fn understood(error: &clap::Error, sources: &BTreeMap<String, Source>) -> UsageE
     match (error.kind(), flag) {
         (ErrorKind::ValueValidation | ErrorKind::InvalidValue, Some(flag)) => {
             let source = sources.get(&flag).copied().unwrap_or(Source::Flag);
-            let want = std::error::Error::source(error).map_or_else(|| "another value is needed".to_owned(), ToString::to_string);
+            let want = std::error::Error::source(error)
+                .map_or_else(|| "another value is needed".to_owned(), ToString::to_string);
             let value = shorten(&context(ContextKind::InvalidValue).unwrap_or_default());
             UsageError::Value {
                 origin: origin(&flag, source),
