@@ -277,6 +277,31 @@ async fn a_folder_that_comes_later_is_noticed_and_a_touch_publishes_nothing() {
 }
 
 #[tokio::test]
+async fn keys_that_come_into_a_folder_and_a_folder_that_takes_its_place_are_noticed() {
+    let folder = Folder::new();
+    let (path, other) = (folder.join("keys"), folder.join("other"));
+    fs::create_dir(&path).unwrap();
+    fs::create_dir(&other).unwrap();
+    put(&path.join("1"), key(1));
+    put(&other.join("1"), key(2));
+    let mut held = watch(path.clone(), NET.into(), NEVER);
+    let mut until = async |n: usize, newest: u8| {
+        while kids_of(&held.borrow_and_update()).len() != n || kids_of(&held.borrow())[0] != kid(&key(newest)) {
+            next(&mut held).await;
+        }
+    };
+    put(&path.join("2"), key(3));
+    until(2, 3).await;
+    fs::remove_file(path.join("2")).unwrap();
+    until(1, 1).await;
+    fs::rename(&path, folder.join("old")).unwrap();
+    fs::rename(&other, &path).unwrap();
+    until(1, 2).await;
+    put(&path.join("2"), key(4));
+    until(2, 4).await;
+}
+
+#[tokio::test]
 async fn a_change_that_inotify_does_not_show_is_found_by_the_slow_reading() {
     let (folder, elsewhere) = (Folder::new(), Folder::new());
     put(&elsewhere.join("psk"), key(1));
