@@ -13,4 +13,6 @@ pub mod probe;
 pub mod psk;
 pub mod reconcile;
 pub mod store;
+#[cfg(test)]
+mod testing;
 pub mod uplink;
