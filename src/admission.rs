@@ -55,6 +55,9 @@ pub struct Admitted {
 /// Why a lease does not make its node a peer.
 #[derive(Clone, Debug, Eq, PartialEq, thiserror::Error)]
 pub enum Refusal {
+    /// A subnet, and no statement yet.
+    #[error("it has taken a subnet and said nothing yet: its daemon is starting, or stopped before it began")]
+    Silent,
     /// Another backend.
     #[error("backend type is {0:?}; this mesh is \"ipsec\"")]
     Backend(String),
@@ -125,6 +128,9 @@ fn names(nodes: &BTreeSet<NodeName>) -> String {
 
 /// Checks one lease by itself.
 pub fn verify(lease: &Lease, network: &Network, psks: &[Arc<Psk>]) -> Result<Admitted, Refusal> {
+    if lease.backend.is_empty() && lease.data.is_null() {
+        return Err(Refusal::Silent);
+    }
     if lease.backend != "ipsec" {
         return Err(Refusal::Backend(lease.backend.chars().take(32).collect()));
     }

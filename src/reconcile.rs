@@ -347,6 +347,10 @@ impl<D: Datapath> Reconciler<D> {
     /// Writes ordered operations, one batch for each run of one kind; returns the scopes that failed.
     fn write(&mut self, ops: Vec<(Scope, Op)>, now: Duration) -> BTreeMap<Scope, String> {
         let mut failed: BTreeMap<Scope, String> = BTreeMap::new();
+        // Without the guard nothing is opened, also while the node's own scope waits for its next try.
+        if self.failing.contains_key(&Scope::Node) && !ops.iter().any(|(scope, _)| *scope == Scope::Node) {
+            failed.insert(Scope::Node, String::new());
+        }
         let mut ops = ops.into_iter().peekable();
         while let Some((_, first)) = ops.peek() {
             let run = (first.key().kind(), matches!(first, Op::Break(_)));

@@ -14,13 +14,14 @@ use zeroize::Zeroizing;
 use super::turn::Holding;
 use super::{settings, unchangeable};
 use crate::admin::Remembered;
+use crate::admission::{self, Refusal};
 use crate::config::{Context, Flags, NetConf, subnet_env};
 use crate::lease::{Lease, Network, NodeName};
 use crate::node::Settings;
+use crate::psk;
 use crate::reconcile::chain;
 use crate::store::{Claim, Health, Held, Store};
 use crate::uplink::{Uplink, UplinkError};
-use crate::{admission, psk};
 
 /// How often net-conf.json is looked at where it lies outside the store.
 const LOOK: Duration = Duration::from_secs(5);
@@ -239,10 +240,7 @@ impl Keeper {
         let set = self.psks.borrow().set.clone()?;
         match admission::verify(lease, &self.network, &set.psks) {
             Ok(admitted) => Some(admitted.statement.epoch),
-            Err(refusal) if lease.backend.is_empty() => {
-                let _ = refusal;
-                None
-            }
+            Err(Refusal::Silent) => None,
             Err(refusal) => {
                 warn!(reason = %refusal, "the lease that the store had of this node is not believed");
                 None
