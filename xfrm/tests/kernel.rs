@@ -16,8 +16,8 @@ use nix::{
     sched::{CloneFlags, unshare},
 };
 use xfrm::{
-    Action, Aead, Batch, Connection, Direction, Encap, Error, Event, Events, Limits, Notification, Parsed, Policy,
-    PolicyId, Protocol, Sa, SaDirection, SaId, SaInfo, Selector, Template, Xfrm,
+    Action, Aead, Batch, Direction, Encap, Error, Event, Events, Limits, Notification, Parsed, Policy, PolicyId, Sa,
+    SaDirection, SaId, SaInfo, Selector, Template, Xfrm,
 };
 
 const REQID: u32 = 0x726d;
@@ -277,14 +277,7 @@ fn an_update_changes_limits() {
 fn a_direction_is_held_by_the_kernels_that_know_one_and_left_out_by_the_others() {
     own_namespace();
     let mut xfrm = Xfrm::open().unwrap();
-    let release = std::fs::read_to_string("/proc/sys/kernel/osrelease").unwrap();
-    let version: Vec<u32> = release
-        .split(['.', '-'])
-        .take(2)
-        .map(|part| part.trim().parse().unwrap())
-        .collect();
     let knows = xfrm.knows_direction().unwrap();
-    assert_eq!(knows, (version[0], version[1]) >= (6, 10), "{release}");
     let inward = Sa {
         direction: Some(SaDirection::In),
         ..sa(0x1000)
@@ -306,6 +299,23 @@ fn a_direction_is_held_by_the_kernels_that_know_one_and_left_out_by_the_others()
             "{error}"
         ),
     }
+}
+
+#[test]
+#[ignore = "needs a kernel with ESP: tests/run runs it in one"]
+fn the_direction_of_an_sa_is_known_from_linux_6_10_on() {
+    own_namespace();
+    let release = std::fs::read_to_string("/proc/sys/kernel/osrelease").unwrap();
+    let version: Vec<u32> = release
+        .split(['.', '-'])
+        .take(2)
+        .map(|part| part.trim().parse().unwrap())
+        .collect();
+    assert_eq!(
+        Xfrm::open().unwrap().knows_direction(),
+        Ok((version[0], version[1]) >= (6, 10)),
+        "{release}"
+    );
 }
 
 #[test]
@@ -498,7 +508,7 @@ fn a_used_sa_is_counted_as_ip_counts_it_and_its_limits_are_told() {
     assert_eq!((info.packets, info.seq_out, info.seq_in), (3, 3, 0));
     assert_eq!((info.integrity_failed, info.replay, info.replay_window), (0, 0, 0));
     assert!(info.use_time >= info.add_time && info.add_time > 0);
-    assert_eq!(sas(&mut xfrm), [info.clone()]);
+    assert_eq!(sas(&mut xfrm), std::slice::from_ref(&info));
     let shown = ip("-s xfrm state list");
     for expected in [
         format!(
@@ -540,12 +550,12 @@ fn a_listener_too_slow_for_a_burst_is_told_that_it_lost_some_and_reads_on() {
     let policies = [block(Direction::In), block(Direction::Fwd)];
     let mut batches = 0;
     let (mut before, mut lost) = (0, false);
-    while !lost && batches < 200 {
+    while !lost && batches < 900 {
         let mut batch = Batch::new();
         (0..100).for_each(|_| policies.iter().for_each(|policy| batch.set_policy(policy)));
         assert!(xfrm.execute(batch).iter().all(Result::is_ok));
         batches += 1;
-        if batches % 50 == 0 {
+        if batches % 150 == 0 {
             lost = listener.read(&mut |_| before += 1) == Err(Error::Overrun);
         }
     }
@@ -650,46 +660,6 @@ fn decapsulate(socket: &UdpSocket) {
         )
     };
     assert_eq!(result, 0);
-}
-
-#[test]
-#[ignore = "needs a kernel with ESP: tests/run runs it in one"]
-fn the_same_connection_serves_nf_tables_transactions_which_happen_whole_or_not_at_all() {
-    own_namespace();
-    let mut netfilter = Connection::open(Protocol::Netfilter).unwrap();
-    let general = |family: u8, resource: u16| [&[family, 0][..], &resource.to_be_bytes()].concat();
-    let transaction = |tables: &[(&str, u16)]| {
-        let mut batch = Batch::new();
-        // NFNL_MSG_BATCH_BEGIN and END around NFT_MSG_NEWTABLE; nf_tables is subsystem 10.
-        batch.push_unacknowledged(0x10, 0, |writer| writer.bytes(&general(0, 10)));
-        for (name, flags) in tables {
-            batch.push(0xa00, 0x400 | flags, |writer| {
-                writer.bytes(&general(1, 0));
-                writer.attribute_str(1, name);
-            });
-        }
-        batch.push_unacknowledged(0x11, 0, |writer| writer.bytes(&general(0, 10)));
-        batch
-    };
-    let tables = |netfilter: &mut Connection| {
-        let found = netfilter.dump(
-            0xa01,
-            |writer| writer.bytes(&general(0, 0)),
-            |message| {
-                let (_, name) = xfrm::message::attributes(&message.payload[4..]).find(|(kind, _)| *kind == 1)?;
-                Some(String::from_utf8_lossy(name).trim_end_matches('\0').to_owned())
-            },
-        );
-        found.unwrap()
-    };
-    assert_eq!(netfilter.transact(transaction(&[("one", 0), ("two", 0)])), Ok(()));
-    assert_eq!(tables(&mut netfilter), ["one", "two"]);
-    // NLM_F_EXCL on a table that exists.
-    let error = netfilter
-        .transact(transaction(&[("three", 0), ("two", 0x200)]))
-        .unwrap_err();
-    assert!(error.exists(), "{error}");
-    assert_eq!(tables(&mut netfilter), ["one", "two"]);
 }
 
 #[test]
