@@ -298,9 +298,10 @@ impl Connection {
     ) -> Result<Option<Vec<T>>, Error> {
         let mut found = Vec::new();
         let mut whole = true;
+        let mut too_long = None;
         let mut outcome = None;
         while outcome.is_none() {
-            match self.receive(Wait::Timeout, |message| {
+            let received = self.receive(Wait::Timeout, |message| {
                 if message.sequence != sequence || outcome.is_some() {
                     return;
                 }
@@ -310,12 +311,18 @@ impl Connection {
                     message::NLMSG_ERROR => outcome = Some(message::acknowledgement(&message)),
                     _ => found.extend(parse(message)),
                 }
-            })? {
-                Received::Datagram => {}
-                Received::Nothing => return Err(Error::Timeout),
-                // The rest has to be read all the same: the kernel keeps one dump a socket.
-                Received::Lost => whole = false,
+            });
+            // Whatever was lost, the rest has to be read: the kernel keeps one dump a socket and refuses the next.
+            match received {
+                Ok(Received::Datagram) => {}
+                Ok(Received::Nothing) => return Err(Error::Timeout),
+                Ok(Received::Lost) => whole = false,
+                Err(error @ Error::Truncated { .. }) => too_long = Some(error),
+                Err(error) => return Err(error),
             }
+        }
+        if let Some(error) = too_long {
+            return Err(error);
         }
         match outcome {
             Some(Err(error)) if error.errno == libc::EINTR => Ok(None),

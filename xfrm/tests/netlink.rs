@@ -81,14 +81,10 @@ fn a_dump_that_a_change_interrupted_is_started_anew_and_misses_nothing() {
         while restarts < 50 && start.elapsed() < Duration::from_secs(5) {
             let (found, read) = addresses(&mut route);
             restarts += usize::from(read > found.len());
-            let distinct: BTreeSet<_> = found.iter().collect();
-            assert_eq!(distinct.len(), found.len(), "after {restarts} restarts");
-            assert!(
-                found.len() + 1 >= all.len(),
-                "{} of {} after {restarts} restarts",
-                found.len(),
-                all.len()
-            );
+            // A change within the last part of a dump has no flag: the one address on the move may be there twice or not at
+            // all, the others are there.
+            let distinct: BTreeSet<_> = found.into_iter().collect();
+            assert!(distinct.len() + 1 >= all.len(), "{} of {}", distinct.len(), all.len());
         }
         println!("{restarts} restarts");
     });
