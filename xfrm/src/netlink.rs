@@ -458,6 +458,10 @@ mod tests {
     #[test]
     fn all_links_are_dumped_and_one_is_read() {
         let mut route = Connection::open(Protocol::Route).unwrap();
+        assert!(
+            route.socket.get_cap_ack().unwrap(),
+            "a refusal would echo the request, key and all"
+        );
         let all = route.dump(RTM_GETLINK, |writer| link(writer, 0), name).unwrap();
         assert!(all.contains(&"lo".to_owned()), "{all:?}");
         assert_eq!(

@@ -311,11 +311,30 @@ fn the_direction_of_an_sa_is_known_from_linux_6_10_on() {
         .take(2)
         .map(|part| part.trim().parse().unwrap())
         .collect();
-    assert_eq!(
-        Xfrm::open().unwrap().knows_direction(),
-        Ok((version[0], version[1]) >= (6, 10)),
-        "{release}"
-    );
+    let mut xfrm = Xfrm::open().unwrap();
+    let knows = xfrm.knows_direction().unwrap();
+    assert_eq!(knows, (version[0], version[1]) >= (6, 10), "{release}");
+    // Checked before the cipher is looked for, so without ESP too.
+    let mut batch = Batch::new();
+    for replay_window in [0, 1024] {
+        let sa = Sa {
+            direction: Some(SaDirection::Out),
+            replay_window,
+            ..sa(0x1000)
+        };
+        batch.add_sa(&sa, &key(&sa));
+    }
+    let results = xfrm.execute(batch);
+    let said: Vec<_> = results
+        .into_iter()
+        .map(|result| result.map_err(|error| error.to_string()))
+        .collect();
+    let refused = |index: usize| {
+        said[index]
+            .as_ref()
+            .is_err_and(|text| text.to_lowercase().contains("replay"))
+    };
+    assert_eq!([refused(0), refused(1)], [!knows, knows], "{said:?}");
 }
 
 #[test]
@@ -439,6 +458,26 @@ fn what_others_made_survives_a_dump_and_is_told_from_what_we_could_have_made() {
             "an interface id",
             "flags"
         ]
+    );
+
+    let mut listener = Events::open().unwrap();
+    ip(&format!("xfrm state delete {peers} esp spi 0x12 if_id 7"));
+    ip(&format!("xfrm state delete {peers} esp spi 0x13"));
+    ip(&format!("xfrm state delete {peers} ah spi 0x11"));
+    ip("xfrm policy delete src 10.9.0.0/16 dst 10.8.0.0/16 dir out mark 1");
+    ip("xfrm policy delete src 10.9.0.0/16 dst 10.8.0.0/16 dir out if_id 9");
+    let seen: Vec<_> = events(&mut listener)
+        .into_iter()
+        .map(|notification| notification.event)
+        .collect();
+    let [other_sa, other_policy] = [0x11, 0x14].map(|kind| Event::Other { kind });
+    let deleted = Event::SaDeleted(SaId {
+        dst: address("192.0.2.2"),
+        spi: 0x13,
+    });
+    assert_eq!(
+        seen,
+        [other_sa.clone(), deleted, other_sa, other_policy.clone(), other_policy]
     );
 }
 
