@@ -461,7 +461,7 @@ fn what_others_made_survives_a_dump_and_is_told_from_what_we_could_have_made() {
     );
 
     let mut listener = Events::open().unwrap();
-    ip(&format!("xfrm state delete {peers} esp spi 0x12 if_id 7"));
+    ip(&format!("xfrm state delete {peers} esp spi 0x12"));
     ip(&format!("xfrm state delete {peers} esp spi 0x13"));
     ip(&format!("xfrm state delete {peers} ah spi 0x11"));
     ip("xfrm policy delete src 10.9.0.0/16 dst 10.8.0.0/16 dir out mark 1");
