@@ -22,9 +22,11 @@ use crate::lease::{Completeness, NodeName};
 use crate::node::{Cause, Datagram, Node};
 
 /// The first wait before a failed scope is tried again; it doubles up to [`SLOWEST`].
-const FIRST: Duration = Duration::from_millis(500);
+const FIRST: Duration = Duration::from_millis(20);
 /// The longest such wait.
 const SLOWEST: Duration = Duration::from_secs(30);
+/// A scope that still fails after this wait is an error in the log, not a warning.
+const LOUD: Duration = Duration::from_millis(300);
 /// So many rounds a pass at most: each lets what the one before made known take effect.
 const ROUNDS: usize = 8;
 
@@ -148,9 +150,11 @@ impl<D: Datapath> Reconciler<D> {
             Event::Gone(key) => self.gone(&key),
             Event::AllGone(kind) => {
                 let keys: Vec<Key> = self.actual.keys().filter(|key| key.kind() == kind).cloned().collect();
-                warn!(?kind, count = keys.len(), "flushed by another hand");
+                if !keys.is_empty() {
+                    warn!(?kind, count = keys.len(), "flushed by another hand");
+                }
                 for key in keys {
-                    self.gone(&key);
+                    self.forget(&key);
                 }
             }
             Event::SoftLimit(id) => {
@@ -182,8 +186,14 @@ impl<D: Datapath> Reconciler<D> {
     }
 
     fn gone(&mut self, key: &Key) {
+        if self.actual.contains_key(key) {
+            warn!(%key, "removed by another hand or by its limit");
+            self.forget(key);
+        }
+    }
+
+    fn forget(&mut self, key: &Key) {
         let Some(object) = self.actual.remove(key) else { return };
-        warn!(%key, "removed by another hand or by its limit");
         self.touched(key);
         if let (Key::Sa(id), Object::Sa { born, .. }, Some(Scope::Peer(name))) = (key, object, self.owner.get(key)) {
             let name = name.clone();
@@ -311,7 +321,9 @@ impl<D: Datapath> Reconciler<D> {
 
     fn plan(&mut self, scope: &Scope) -> Vec<Op> {
         if *scope == Scope::Orphans {
-            let sweep = |key: &&Key| self.complete && !self.owner.contains_key(*key);
+            // Before the first epoch no peer is planned, and what an earlier process left is still in use.
+            let known = self.complete && self.node.epoch().is_some();
+            let sweep = |key: &&Key| known && !self.owner.contains_key(*key);
             return self
                 .actual
                 .keys()
@@ -435,8 +447,11 @@ impl<D: Datapath> Reconciler<D> {
 
     fn unwritten(&mut self, scope: &Scope, op: &Op, refused: Refused) {
         let Refused { error, secret } = refused;
-        if matches!(error, WriteError::Unknown { .. }) {
-            self.stale = true;
+        match (&error, op) {
+            (WriteError::Unknown { .. }, _) => self.stale = true,
+            // It went before the notification of its end came.
+            (WriteError::Refused { source, .. }, Op::Change(key, _)) if source.is_gone() => self.forget(key),
+            _ => {}
         }
         let (
             Op::Make(Key::Sa(id), Object::Sa { sa, born: Some(born) })
@@ -476,8 +491,14 @@ impl<D: Datapath> Reconciler<D> {
                 continue;
             };
             let before = self.failing.get(scope);
-            if before.is_none_or(|before| before.error != why) {
-                error!(%scope, error = why, "can't be brought in order; trying again");
+            match before {
+                // Most first failures are races with another hand, mended by the next try.
+                None => warn!(%scope, error = why, "not in order; trying again"),
+                Some(before) if before.wait < LOUD => {}
+                Some(before) if before.wait < LOUD * 2 || before.error != why => {
+                    error!(%scope, error = why, "can't be brought in order; trying again");
+                }
+                Some(_) => {}
             }
             let wait = before.map_or(FIRST, |before| (before.wait * 2).min(SLOWEST));
             self.failing.insert(
