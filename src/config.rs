@@ -5,6 +5,7 @@
 //! The one thing to know: nothing here falls back to an unencrypted mode. Without a `Backend` there is ipsec or an error.
 
 pub mod backend;
+mod conf_error;
 pub mod flags;
 mod go_style;
 mod json;
@@ -15,7 +16,8 @@ pub mod subnet_env;
 mod tests;
 
 pub use backend::{Backend, Ipsec, NotInThisVersion, PskSource, UnencryptedType};
+pub use conf_error::{ConfError, Rule};
 pub use flags::{Environment, Flags, Store, Wanted};
 pub use go_style::{UsageError, normalise, odd_variables};
-pub use netconf::{ConfError, Context, NetConf, Overlap, Rule, check_overlap};
+pub use netconf::{Context, NetConf, Overlap, check_overlap};
 pub use subnet_env::SubnetEnv;

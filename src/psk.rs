@@ -4,6 +4,8 @@
 //! by Kubernetes is such a folder. A change that can't be read leaves the last good set in use, with the error beside
 //! it. Buffers that held a key have a fixed size, so no copy is left behind by growing, and are wiped.
 
+#[cfg(test)]
+mod tests;
 mod watch;
 
 use std::cmp::Ordering;

@@ -6,6 +6,8 @@
 
 mod choose;
 mod kernel;
+#[cfg(test)]
+mod tests;
 
 use std::collections::BTreeMap;
 use std::fmt;

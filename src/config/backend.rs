@@ -11,8 +11,8 @@ use keys::{Cipher, EncapMode};
 use serde::de::MapAccess;
 use zeroize::Zeroizing;
 
+use super::conf_error::Rule;
 use super::json::{Members, Scalar, Show, nearest, parsed, shorten, value, whole};
-use super::netconf::Rule;
 
 /// How the mesh's packets travel.
 #[derive(Clone, Debug)]

@@ -97,7 +97,7 @@ impl Facts {
                     .addresses
                     .iter()
                     .filter(|a| a.index == index && Family::of(a.address) == family);
-                held.find(|a| !choice.is_mesh(a.address) && matches(&a.address.to_string()))
+                held.find(|a| a.serves() && !choice.is_mesh(a.address) && matches(&a.address.to_string()))
                     .map(|a| a.address)
             };
             if let Some(fixed) = families.iter().map(of_family).collect::<Option<Addresses>>() {
@@ -178,9 +178,7 @@ impl Facts {
                 },
             };
             chosen = Some(route.index);
-            let held = route
-                .source
-                .filter(|source| self.addresses.iter().any(|a| a.address == *source && a.serves()));
+            let held = route.source.filter(|&source| self.is_sound(source));
             fixed = fixed.iter().chain(held).collect();
         }
         Ok(Found {
@@ -200,14 +198,15 @@ impl Facts {
             return Err(Unfit::Down(name));
         }
         let address = |family| {
-            let fixed = of(found.fixed, family);
-            fixed
-                .or_else(|| self.best(found.index, family, choice))
-                .ok_or_else(|| Unfit::NoAddress {
-                    name: name.clone(),
-                    family,
-                    why: self.why_not(found.index, family),
-                })
+            let taken = match of(found.fixed, family) {
+                Some(fixed) => self.is_sound(fixed).then_some(fixed),
+                None => self.best(found.index, family, choice),
+            };
+            taken.ok_or_else(|| Unfit::NoAddress {
+                name: name.clone(),
+                family,
+                why: self.why_not(found.index, family),
+            })
         };
         let local: Addresses = families.iter().map(address).collect::<Result<_, _>>()?;
         let public = families
@@ -239,6 +238,13 @@ impl Facts {
                 )
             })
             .map(|a| a.address)
+    }
+
+    /// Whether this node holds the address in a state in which a tunnel can start from it.
+    fn is_sound(&self, address: IpAddr) -> bool {
+        self.addresses
+            .iter()
+            .any(|held| held.address == address && held.serves())
     }
 
     fn why_not(&self, index: u32, family: Family) -> String {
