@@ -368,6 +368,9 @@ pub trait Datapath {
     /// Carries out operations of one kind; one result each, in order. A failed one does not stop the others.
     fn apply(&mut self, kind: Kind, writes: Vec<Write>) -> Vec<Result<(), Refused>>;
 
+    /// False where the packet filter is one that tells nobody of changes and no longer holds what was last written.
+    fn filter_stands(&mut self) -> bool;
+
     /// The counters of our SAs, by id.
     fn counters(&mut self) -> Result<BTreeMap<SaId, Counters>, WriteError>;
 }

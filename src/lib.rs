@@ -4,6 +4,7 @@ pub mod admission;
 pub mod audit;
 pub mod backend;
 pub mod config;
+pub mod daemon;
 pub mod epochs;
 pub mod kernel;
 pub mod lease;

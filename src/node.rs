@@ -542,6 +542,33 @@ impl Node {
         self.held?.0.bases().of_family(like)
     }
 
+    /// The own subnets, once there is a lease.
+    pub fn subnets(&self) -> Option<Subnets> {
+        self.held.map(|(subnets, _)| subnets)
+    }
+
+    /// The uplink, once there is one.
+    pub fn uplink(&self) -> Option<&Uplink> {
+        self.uplink.as_ref()
+    }
+
+    /// The names of the nodes by slot, this one's included.
+    pub fn slots(&self) -> BTreeMap<Slot, NodeName> {
+        let own = self.slot().map(|slot| (slot, self.settings.name.clone()));
+        self.peers
+            .iter()
+            .map(|(name, peer)| (peer.slot, name.clone()))
+            .chain(own)
+            .collect()
+    }
+
+    /// The leases that are refused, each with the reason.
+    pub fn refusals(&self) -> impl Iterator<Item = (&NodeName, &Refusal)> {
+        self.known
+            .iter()
+            .filter_map(|(name, known)| Some((name, known.refusal.as_ref()?)))
+    }
+
     /// Every other node that the store has a lease of.
     pub fn known(&self) -> impl Iterator<Item = NodeName> {
         self.known.keys().cloned()

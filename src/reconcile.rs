@@ -18,7 +18,7 @@ use crate::kernel::{
     Counters, Datapath, Event, Key, Kind, Object, Objects, Op, Refused, Scope, Write, WriteError, diff, order,
     reqid_slot,
 };
-use crate::lease::NodeName;
+use crate::lease::{Completeness, NodeName};
 use crate::node::{Cause, Datagram, Node};
 
 /// The first wait before a failed scope is tried again; it doubles up to [`SLOWEST`].
@@ -67,14 +67,20 @@ impl<D: Datapath> Reconciler<D> {
         })
     }
 
-    /// The roster is complete: what nobody wants may be swept.
-    pub fn completed(&mut self) {
-        self.complete = true;
+    /// Whether the roster shows all there is: only then is what nobody wants swept.
+    pub fn completed(&mut self, completeness: Completeness) {
+        let complete = completeness == Completeness::Complete;
+        if complete && !self.complete {
+            self.node.mark(Scope::Orphans);
+        }
+        self.complete = complete;
     }
 
-    /// Whether the roster was ever complete.
-    pub fn is_complete(&self) -> bool {
-        self.complete
+    /// Looks at the packet filter where it tells nobody of changes.
+    pub fn look_at_filter(&mut self) {
+        if !self.kernel.filter_stands() {
+            self.notice(Event::Gone(Key::Firewall));
+        }
     }
 
     /// What the kernel holds of ours, as far as is known.

@@ -188,7 +188,7 @@ pub(super) fn describe(object: &Object) -> String {
         Object::Firewall(firewall) => describe_firewall(firewall),
         Object::Unreachable => "unreachable".into(),
         Object::Policy(policy) => describe_policy(policy),
-        Object::Link { mtu } => format!("mtu {mtu}"),
+        Object::Link { mtu, up } => format!("mtu {mtu}{}", if *up { "" } else { ", down" }),
         Object::Address => "present".into(),
         Object::Sa { sa, .. } => describe_sa(sa),
         Object::Route { link, source, mtu } => {

@@ -11,8 +11,6 @@ use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
 
 use keys::{Epoch, Slot};
 use ring::rand::{SecureRandom, SystemRandom};
-use tokio::io::Interest;
-use tokio::io::unix::AsyncFd;
 use tokio::net::UdpSocket;
 use tokio::sync::{mpsc, watch};
 use tracing::{debug, error, info, warn};
@@ -20,10 +18,10 @@ use tracing::{debug, error, info, warn};
 use crate::admin::Command;
 use crate::config::SubnetEnv;
 use crate::config::subnet_env::Written;
+use crate::kernel::Scope;
 use crate::kernel::encap::Encap;
 use crate::kernel::netlink::{Events, Netlink};
-use crate::kernel::{Datapath, Scope};
-use crate::lease::{Completeness, Lease, Revision, Roster, Subnets};
+use crate::lease::{Lease, Revision, Roster, Subnets};
 use crate::node::{Cause, Datagram, Settings};
 use crate::reconcile::{Reconciler, chain};
 use crate::store::Health;
@@ -93,10 +91,15 @@ pub(super) struct Turn {
     previous: Option<Epoch>,
     published: Option<Epoch>,
     probes: Vec<(IpAddr, UdpSocket)>,
-    encaps: Vec<AsyncFd<Encap>>,
+    encaps: Vec<Encap>,
     pub(super) encap_error: Option<String>,
     reopen: Option<Duration>,
     resync: Duration,
+    /// Whether the kernel keeps a direction on an SA.
+    directed: bool,
+    /// How often a packet filter that tells nobody is looked at, and when next.
+    filter_every: Duration,
+    filter: Duration,
     answers: Vec<Datagram>,
     pub(super) subnet_env_error: Option<String>,
 }
@@ -106,15 +109,23 @@ enum Woken {
     Input,
     Kernel(Vec<crate::kernel::Event>),
     Datagrams(usize),
-    Keepalive(usize),
     Command(Command),
     Time,
 }
 
 impl Turn {
-    pub(super) fn new(reconciler: Reconciler<Netlink>, inputs: Inputs, outputs: Outputs) -> Self {
+    pub(super) fn new(
+        reconciler: Reconciler<Netlink>,
+        inputs: Inputs,
+        outputs: Outputs,
+        directed: bool,
+        filter_every: Duration,
+    ) -> Self {
         Self {
             reconciler,
+            directed,
+            filter_every,
+            filter: filter_every,
             inputs,
             outputs,
             random: SystemRandom::new(),
@@ -151,7 +162,6 @@ impl Turn {
                     }
                 }
                 Woken::Datagrams(socket) => self.read_probes(socket),
-                Woken::Keepalive(socket) => drain(&self.encaps[socket]),
                 Woken::Command(command) => super::answer::answer(&mut self, command),
                 Woken::Time => {}
             }
@@ -161,10 +171,25 @@ impl Turn {
 
     async fn wait(&mut self, events: &mut Events) -> Woken {
         let now = self.now();
-        let due = [self.reconciler.node.deadline(now), self.reconciler.deadline(), self.reopen, Some(self.resync)];
+        let due = [
+            self.reconciler.node.deadline(now),
+            self.reconciler.deadline(),
+            self.reopen,
+            Some(self.resync),
+            Some(self.filter),
+        ];
         let due = due.into_iter().flatten().min().unwrap_or(self.resync);
         let sleep = tokio::time::sleep(due.saturating_sub(now).max(Duration::from_millis(1)));
-        let Inputs { settings, roster, uplink, psks, holding, commands, stop, .. } = &mut self.inputs;
+        let Inputs {
+            settings,
+            roster,
+            uplink,
+            psks,
+            holding,
+            commands,
+            stop,
+            ..
+        } = &mut self.inputs;
         // A source that ended keeps its last value; its arm must not spin.
         tokio::select! {
             biased;
@@ -177,7 +202,6 @@ impl Turn {
             Ok(()) = uplink.changed() => Woken::Input,
             Ok(()) = settings.changed() => Woken::Input,
             Ok(()) = holding.changed() => Woken::Input,
-            socket = keepalive(&self.encaps) => Woken::Keepalive(socket),
             () = sleep => Woken::Time,
         }
     }
@@ -186,7 +210,11 @@ impl Turn {
     fn take_inputs(&mut self) {
         let now = self.now();
         let node = &mut self.reconciler.node;
-        node.configure(self.inputs.settings.borrow_and_update().clone());
+        let settings = self.inputs.settings.borrow_and_update().clone();
+        node.configure(Settings {
+            directed: self.directed,
+            ..settings
+        });
         match &*self.inputs.uplink.borrow_and_update() {
             Ok(uplink) => node.uplinked(uplink.clone()),
             Err(error) => warn!(error = chain(error), "no uplink now; the last one stays in use"),
@@ -220,10 +248,7 @@ impl Turn {
             }
         }
         self.seen = roster.revision();
-        if roster.completeness == Completeness::Complete && !self.reconciler.is_complete() {
-            self.reconciler.completed();
-            self.reconciler.node.mark(Scope::Orphans);
-        }
+        self.reconciler.completed(roster.completeness);
     }
 
     fn turn(&mut self) {
@@ -234,14 +259,28 @@ impl Turn {
                 error!(error = chain(&error), "the kernel can't be read");
             }
         }
+        if now >= self.filter {
+            self.filter = now + self.filter_every;
+            self.reconciler.look_at_filter();
+        }
         self.reconciler.pass(now);
-        let unix = SystemTime::now().duration_since(UNIX_EPOCH).map_or(0, |since| since.as_secs());
-        if self.reconciler.begin_epoch(self.previous, unix, &self.random, now).is_some() {
+        let unix = SystemTime::now()
+            .duration_since(UNIX_EPOCH)
+            .map_or(0, |since| since.as_secs());
+        if self
+            .reconciler
+            .begin_epoch(self.previous, unix, &self.random, now)
+            .is_some()
+        {
             // Rule 1: what the peers may send from now on can be received before they learn of it.
             self.reconciler.pass(self.now());
         }
         self.publish();
         self.open_sockets();
+        for encap in &self.encaps {
+            // What is no ESP, such as a peer's NAT keepalive, comes up to the socket; nobody wants it.
+            encap.drain();
+        }
         let jitter = &mut || {
             let mut bytes = [0; 2];
             let _ = self.random.fill(&mut bytes);
@@ -257,7 +296,8 @@ impl Turn {
 
     fn publish(&mut self) {
         let epoch = self.reconciler.node.epoch();
-        if epoch.is_some() && epoch != self.published
+        if epoch.is_some()
+            && epoch != self.published
             && let Some(lease) = self.reconciler.node.lease()
         {
             self.published = epoch;
@@ -266,7 +306,9 @@ impl Turn {
         }
         let holding = self.inputs.holding.borrow().clone();
         let broken = self.reconciler.failures().any(|(scope, _)| *scope == Scope::Node);
-        let (Some(holding), Some(mtu), false) = (holding, self.reconciler.node.mtu(), broken) else { return };
+        let (Some(holding), Some(mtu), false) = (holding, self.reconciler.node.mtu(), broken) else {
+            return;
+        };
         let settings = self.reconciler.node.settings();
         let env = SubnetEnv {
             network: settings.network,
@@ -289,7 +331,9 @@ impl Turn {
                 return;
             }
         }
-        self.outputs.ready.send_if_modified(|ready| !std::mem::replace(ready, true));
+        self.outputs
+            .ready
+            .send_if_modified(|ready| !std::mem::replace(ready, true));
     }
 
     /// Opens what is missing: the probe sockets on the base addresses, the UDP encapsulation sockets.
@@ -299,7 +343,13 @@ impl Turn {
             return;
         }
         self.reopen = None;
-        let bases: Vec<IpAddr> = self.inputs.holding.borrow().iter().flat_map(|h| h.subnets.bases().iter()).collect();
+        let bases: Vec<IpAddr> = self
+            .inputs
+            .holding
+            .borrow()
+            .iter()
+            .flat_map(|h| h.subnets.bases().iter())
+            .collect();
         self.probes.retain(|(base, _)| bases.contains(base));
         for base in bases {
             if self.probes.iter().any(|(open, _)| *open == base) {
@@ -315,14 +365,13 @@ impl Turn {
         }
         let (locals, port) = self.reconciler.node.encapsulates().unwrap_or_default();
         let wanted: Vec<SocketAddr> = locals.iter().map(|local| SocketAddr::new(local, port)).collect();
-        self.encaps.retain(|encap| wanted.contains(&encap.get_ref().local()));
+        self.encaps.retain(|encap| wanted.contains(&encap.local()));
         let before = self.encap_error.take();
         for local in wanted {
-            if self.encaps.iter().any(|encap| encap.get_ref().local() == local) {
+            if self.encaps.iter().any(|encap| encap.local() == local) {
                 continue;
             }
-            let opened = Encap::open(local).map_err(|error| chain(&error));
-            match opened.and_then(|encap| AsyncFd::with_interest(encap, Interest::READABLE).map_err(|e| e.to_string())) {
+            match Encap::open(local).map_err(|error| chain(&error)) {
                 Ok(encap) => self.encaps.push(encap),
                 Err(text) => {
                     if before.as_ref() != Some(&text) {
@@ -341,7 +390,8 @@ impl Turn {
         for _ in 0..BURST {
             match self.probes[socket].1.try_recv_from(&mut bytes) {
                 Ok((len, from)) => {
-                    self.answers.extend(self.reconciler.node.probed(from.ip(), &bytes[..len], now));
+                    self.answers
+                        .extend(self.reconciler.node.probed(from.ip(), &bytes[..len], now));
                 }
                 Err(error) if error.kind() == std::io::ErrorKind::WouldBlock => break,
                 // An ICMP answer to an earlier probe.
@@ -356,7 +406,10 @@ impl Turn {
             debug!(to = %datagram.to, sent = %datagram.sent, "a probe waits for its policy");
             return;
         }
-        let socket = self.probes.iter().find(|(base, _)| base.is_ipv4() == datagram.to.is_ipv4());
+        let socket = self
+            .probes
+            .iter()
+            .find(|(base, _)| base.is_ipv4() == datagram.to.is_ipv4());
         if let Some((_, socket)) = socket
             && let Err(error) = socket.try_send_to(&datagram.bytes, SocketAddr::new(datagram.to, probe::PORT))
         {
@@ -389,27 +442,9 @@ async fn readable(sockets: &[(IpAddr, UdpSocket)]) -> usize {
     first(each.collect()).await
 }
 
-async fn keepalive(encaps: &[AsyncFd<Encap>]) -> usize {
-    let each = encaps.iter().enumerate().map(|(i, encap)| {
-        Box::pin(async move {
-            let _ = encap.readable().await.map(|mut guard| guard.retain_ready());
-            i
-        })
-    });
-    first(each.collect()).await
-}
-
 async fn first<F: Future<Output = usize> + Unpin>(each: Vec<F>) -> usize {
     if each.is_empty() {
         return std::future::pending().await;
     }
     futures_util::future::select_all(each).await.0
-}
-
-/// Throws away what is no ESP: keepalives of peers behind a NAT.
-fn drain(encap: &AsyncFd<Encap>) {
-    let _ = encap.try_io(Interest::READABLE, |encap| match encap.drain() {
-        0 => Err(std::io::ErrorKind::WouldBlock.into()),
-        _ => Ok(()),
-    });
 }

@@ -189,6 +189,13 @@ impl Datapath for Netlink {
         }
     }
 
+    fn filter_stands(&mut self) -> bool {
+        let Some(rules) = &self.rules else { return true };
+        let mut manager = self.firewall.borrow_mut();
+        // A filter that can't be read is left alone: the write would fail too.
+        matches!(&*manager, Manager::Nft(_)) || manager.verify(rules).unwrap_or(true)
+    }
+
     fn counters(&mut self) -> Result<BTreeMap<SaId, Counters>, WriteError> {
         ipsec::counters(&mut self.xfrm)
     }

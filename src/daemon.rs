@@ -1,0 +1,258 @@
+//! `ringmail run`: sources are opened, the one loop gets a thread of its own, and everything ends at a signal.
+//!
+//! This thread's small runtime holds what waits for files and sockets: the store, the PSK, the uplink, the control
+//! socket. The loop ([`turn`]) holds the kernel. They share latest values ([`tokio::sync::watch`]) and nothing else.
+
+mod answer;
+mod sources;
+pub mod turn;
+
+use std::path::PathBuf;
+use std::time::Duration;
+
+use anyhow::{Context as _, Result, bail};
+use tokio::signal::unix::{SignalKind, signal};
+use tokio::sync::{mpsc, oneshot, watch};
+use tracing::{info, warn};
+
+use crate::admin::{self, Remembered, Single};
+use crate::config::{Flags, Ipsec, NetConf, PskSource, check_overlap};
+use crate::kernel::netlink::{Netlink, Options};
+use crate::lease::Network;
+use crate::node::{Node, Settings};
+use crate::psk;
+use crate::reconcile::Reconciler;
+use crate::store::Store;
+use crate::uplink::{self, Families};
+
+use turn::{Inputs, Outputs, Turn};
+
+/// How often the PSK's file is read again, whatever inotify said.
+const REREAD: Duration = Duration::from_secs(60);
+
+/// Why a start failed, where the exit code depends on it.
+#[derive(Debug, thiserror::Error)]
+pub enum StartError {
+    /// The configuration is wrong.
+    #[error("configuration")]
+    Configuration(#[source] anyhow::Error),
+    /// Something else.
+    #[error(transparent)]
+    Other(#[from] anyhow::Error),
+}
+
+/// Runs until SIGTERM or SIGINT. What it made in the kernel stays.
+pub fn run(flags: &Flags) -> Result<(), StartError> {
+    let runtime = tokio::runtime::Builder::new_current_thread()
+        .enable_all()
+        .build()
+        .context("start the runtime")?;
+    runtime.block_on(start(flags))
+}
+
+async fn start(flags: &Flags) -> Result<(), StartError> {
+    let wrong = |error: anyhow::Error| StartError::Configuration(error);
+    for warning in flags.warnings() {
+        warn!("{warning}");
+    }
+    let _single = Single::claim(&flags.run_dir).context("be this node's only daemon")?;
+    let crate::config::flags::Store::Dir(folder) = flags.store().map_err(|e| wrong(e.into()))?;
+    let store = Store::open_dir(&folder).await.context("open the store")?;
+    let conf = sources::net_conf(flags, &store).await.map_err(wrong)?;
+    for warning in &conf.warnings {
+        warn!("{warning}");
+    }
+    let ipsec = conf.backend.served().map_err(|e| wrong(e.into()))?.clone();
+    let psks = keys_of(&ipsec, &conf.network)?;
+    let uplink = uplink::watch(flags.choice(conf.network), Families::of(&conf.network)).await;
+    let chosen = uplink.borrow().clone().context("choose the uplink")?;
+    let addresses: Vec<_> = chosen.local.iter().chain(chosen.public.iter()).collect();
+    check_overlap(&conf.network, &addresses).map_err(|e| wrong(e.into()))?;
+    info!(uplink = chosen.name, public = %chosen.public, mtu = chosen.mtu, "the uplink is chosen");
+
+    let settings = settings(flags, &conf, &ipsec);
+    let (settings_in, settings) = watch::channel(settings);
+    let (misconfigured_in, misconfigured) = watch::channel(None);
+    let (holding_in, holding) = watch::channel(None);
+    let (health_in, health) = watch::channel(store.health());
+    let (command_in, commands) = mpsc::channel(64);
+    let (stop_in, stop) = watch::channel(false);
+    let (lease_out, lease) = watch::channel(None);
+    let (ready_out, mut ready) = watch::channel(false);
+
+    let inputs = Inputs {
+        settings,
+        roster: store.roster(),
+        uplink: uplink.clone(),
+        psks: psks.clone(),
+        holding,
+        health,
+        misconfigured,
+        commands,
+        stop,
+    };
+    let outputs = Outputs {
+        lease: lease_out,
+        subnet_file: flags.subnet_file.clone(),
+        ready: ready_out,
+    };
+    let listener = admin::listen(&flags.run_dir).context("open the control socket")?;
+    let (started_in, started) = oneshot::channel();
+    let options = Options {
+        prefer_nft: conf.nftables,
+    };
+    let resync = Duration::from_secs(u64::from(flags.iptables_resync.max(1)));
+    let thread = std::thread::Builder::new().name("reconcile".into());
+    let turning = thread
+        .spawn(move || turn_thread(options, inputs, outputs, resync, started_in))
+        .context("start the loop")?;
+    started.await.context("the loop ended at its start")??;
+    tokio::spawn(admin::serve(listener, command_in));
+
+    // The guard stands; now a subnet may be taken.
+    let keeper = sources::Keeper {
+        node: settings_in.borrow().name.clone(),
+        network: conf.network,
+        store: store.clone(),
+        psks,
+        uplink,
+        subnet_file: flags.subnet_file.clone(),
+    };
+    let note = Remembered {
+        lease_dir: Some(absolute(&folder)),
+        node: keeper.node.clone(),
+        subnets: Vec::new(),
+        subnet_file: Some(absolute(&flags.subnet_file)),
+    };
+    let run_dir = flags.run_dir.clone();
+    let keep = tokio::spawn(keeper.keep(holding_in, lease, health_in, note, run_dir));
+    tokio::spawn(sources::follow_conf(
+        flags.clone(),
+        store,
+        settings_in,
+        misconfigured_in,
+    ));
+    tokio::spawn(async move {
+        if ready.wait_for(|ready| *ready).await.is_ok() {
+            info!("ready: lease held, datapath in order, subnet.env written");
+        }
+    });
+
+    let (mut terminated, mut interrupted) = (
+        signal(SignalKind::terminate()).context("listen for SIGTERM")?,
+        signal(SignalKind::interrupt()).context("listen for SIGINT")?,
+    );
+    let outcome = tokio::select! {
+        _ = terminated.recv() => Ok(()),
+        _ = interrupted.recv() => Ok(()),
+        kept = keep => kept.context("the lease's task ended").and_then(|kept| kept),
+    };
+    stop_in.send_replace(true);
+    // The loop finishes its turn; it never blocks for long.
+    tokio::task::spawn_blocking(move || turning.join()).await.ok();
+    Ok(outcome?)
+}
+
+/// The thread of the loop: the kernel's sockets are made and used here alone.
+fn turn_thread(
+    options: Options,
+    inputs: Inputs,
+    outputs: Outputs,
+    resync: Duration,
+    started: oneshot::Sender<Result<()>>,
+) {
+    let runtime = match tokio::runtime::Builder::new_current_thread().enable_all().build() {
+        Ok(runtime) => runtime,
+        Err(error) => {
+            let _ = started.send(Err(error.into()));
+            return;
+        }
+    };
+    runtime.block_on(async {
+        let opened = (|| -> Result<_> {
+            let mut kernel = Netlink::open(&options)?;
+            let settings = inputs.settings.borrow().clone();
+            let local = inputs
+                .uplink
+                .borrow()
+                .as_ref()
+                .map(|uplink| uplink.local)
+                .unwrap_or_default();
+            let features = kernel.preflight(settings.cipher, &local)?;
+            let events = kernel.events()?;
+            let settings = Settings {
+                directed: features.sa_direction,
+                ..settings
+            };
+            let reconciler = Reconciler::new(kernel, |left| Node::new(settings, left)).context("read the kernel")?;
+            Ok((reconciler, events, features.sa_direction))
+        })();
+        match opened {
+            Ok((reconciler, events, directed)) => {
+                let _ = started.send(Ok(()));
+                Turn::new(reconciler, inputs, outputs, directed, resync)
+                    .run(events)
+                    .await;
+            }
+            Err(error) => {
+                let _ = started.send(Err(error));
+            }
+        }
+    });
+}
+
+fn keys_of(ipsec: &Ipsec, network: &Network) -> Result<watch::Receiver<psk::Held>, StartError> {
+    let receiver = match &ipsec.psk {
+        PskSource::File(path) => psk::watch(path.clone(), network.to_string(), REREAD),
+        PskSource::Inline(psk) => {
+            let set = psk::PskSet::of(psk.clone());
+            watch::channel(psk::Held {
+                set: Some(set.into()),
+                error: None,
+            })
+            .1
+        }
+    };
+    let held = receiver.borrow().clone();
+    if let (None, Some(error)) = (&held.set, held.error) {
+        return Err(StartError::Configuration(
+            anyhow::Error::new(error).context("read the PSK"),
+        ));
+    }
+    for warning in held.set.iter().flat_map(|set| &set.warnings) {
+        warn!("{warning}");
+    }
+    Ok(receiver)
+}
+
+/// What the node decides by, from flags and net-conf.json.
+fn settings(flags: &Flags, conf: &NetConf, ipsec: &Ipsec) -> Settings {
+    Settings {
+        name: flags.node_name.clone(),
+        network: conf.network,
+        cipher: ipsec.cipher,
+        encap: ipsec.encap,
+        rekey_after: ipsec.rekey_after,
+        mtu: ipsec.mtu.map(u32::from),
+        masquerade: flags.ip_masq,
+        random_fully: !flags.ip_masq_fully_random_disable,
+        // What the kernel knows is found by the loop.
+        directed: false,
+    }
+}
+
+fn absolute(path: &std::path::Path) -> PathBuf {
+    std::path::absolute(path).unwrap_or_else(|_| path.into())
+}
+
+/// Refuses what can't change while the daemon runs.
+fn unchangeable(now: &Settings, wanted: &Settings) -> Result<()> {
+    if now.network != wanted.network {
+        bail!(
+            "Network can't change from {} to {} while the daemon runs: stop it, `ringmail cleanup`, start it again",
+            now.network,
+            wanted.network
+        );
+    }
+    Ok(())
+}

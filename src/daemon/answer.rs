@@ -1,0 +1,104 @@
+//! Answers to what the verbs ask of the running daemon.
+
+use std::collections::BTreeMap;
+
+use tracing::debug;
+
+use super::turn::Turn;
+use crate::admin::{Command, LeaseReport, Leases, Rotation};
+use crate::audit::{Audit, Directory, audit};
+use crate::kernel::{Datapath as _, Scope};
+use crate::lease::Completeness;
+use crate::node::report::Report;
+use crate::reconcile::chain;
+
+/// Answers one command; a reply that nobody waits for is dropped.
+pub(super) fn answer(turn: &mut Turn, command: Command) {
+    let gone = match command {
+        Command::Status { reply } => reply.send(status(turn)).is_err(),
+        Command::Audit { reply } => reply.send(compare(turn)).is_err(),
+        Command::Rotate { reply } => reply.send(rotate(turn)).is_err(),
+        Command::Leases { reply } => reply.send(leases(turn)).is_err(),
+    };
+    if gone {
+        debug!("the asker has gone");
+    }
+}
+
+fn status(turn: &mut Turn) -> Report {
+    let counters = turn.reconciler.counters();
+    let mut report = turn.reconciler.node.report(&counters, turn.now());
+    let roster = turn.inputs.roster.borrow();
+    report.complete = roster.completeness == Completeness::Complete;
+    report.rejected.clone_from(roster.rejected());
+    drop(roster);
+    let mut problem = |text: String| report.problems.push(text);
+    for (scope, error) in turn.reconciler.failures() {
+        if !matches!(scope, Scope::Peer(_)) {
+            problem(format!("{scope}: {error}"));
+        }
+    }
+    let health = turn.inputs.health.borrow();
+    for (what, trouble) in [("read", &health.reading), ("written", &health.writing)] {
+        if let Some(trouble) = trouble {
+            problem(format!("the store can't be {what}: {}", trouble.error));
+        }
+    }
+    if let Some(error) = turn.inputs.psks.borrow().error.as_ref() {
+        problem(format!("the PSK can't be read, those in use stay: {}", chain(error)));
+    }
+    if let Err(error) = &*turn.inputs.uplink.borrow() {
+        problem(format!("no uplink now: {}", chain(error)));
+    }
+    if let Some(error) = turn.inputs.misconfigured.borrow().as_ref() {
+        problem(format!(
+            "the new configuration is refused, the last good one is in force: {error}"
+        ));
+    }
+    for error in turn.encap_error.iter().chain(&turn.subnet_env_error) {
+        problem(error.clone());
+    }
+    report
+}
+
+fn compare(turn: &mut Turn) -> Result<Audit, String> {
+    let desired = turn.reconciler.desired();
+    let actual = turn.reconciler.kernel().dump().map_err(|error| chain(&error))?;
+    let node = &turn.reconciler.node;
+    let directory = Directory {
+        node: Some(node.settings().name.clone()),
+        network: node.settings().network.nets().collect(),
+        own: node.subnets().unwrap_or_default(),
+        uplink: node.uplink().map(|uplink| (uplink.name.clone(), uplink.index)),
+        nodes: node.slots(),
+    };
+    Ok(audit(&desired, &actual, &directory))
+}
+
+fn rotate(turn: &mut Turn) -> Result<Rotation, String> {
+    let previous = turn.reconciler.node.epoch();
+    match turn.rotate() {
+        Some(epoch) if Some(epoch) != previous => Ok(Rotation {
+            epoch: epoch.0,
+            previous: previous.map(|p| p.0),
+        }),
+        _ => Err("no epoch can begin now: `ringmail status` says what is missing".into()),
+    }
+}
+
+fn leases(turn: &mut Turn) -> Leases {
+    let roster = turn.inputs.roster.borrow();
+    let node = &turn.reconciler.node;
+    let refusals: BTreeMap<_, _> = node
+        .refusals()
+        .map(|(name, refusal)| (name, refusal.to_string()))
+        .collect();
+    let own = &node.settings().name;
+    let judged: Vec<LeaseReport> = Leases::judged(own, roster.leases(), |name| refusals.get(name).cloned());
+    Leases {
+        own: Some(own.to_string()),
+        complete: roster.completeness == Completeness::Complete,
+        leases: judged,
+        rejected: roster.rejected().clone(),
+    }
+}

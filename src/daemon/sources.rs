@@ -1,0 +1,252 @@
+//! What the loop reads from outside: the configuration as it changes, the node's own lease and its keeping.
+
+use std::path::PathBuf;
+use std::time::Duration;
+
+use anyhow::{Context as _, Result};
+use keys::Epoch;
+use ring::rand::{SecureRandom as _, SystemRandom};
+use tokio::sync::watch;
+use tokio::time::sleep;
+use tracing::{error, info, warn};
+use zeroize::Zeroizing;
+
+use super::turn::Holding;
+use super::{settings, unchangeable};
+use crate::admin::Remembered;
+use crate::config::{Context, Flags, NetConf, subnet_env};
+use crate::lease::{Lease, Network, NodeName};
+use crate::node::Settings;
+use crate::reconcile::chain;
+use crate::store::{Claim, Health, Held, Store};
+use crate::uplink::{Uplink, UplinkError};
+use crate::{admission, psk};
+
+/// How often net-conf.json is looked at where it lies outside the store.
+const LOOK: Duration = Duration::from_secs(5);
+/// The first wait before a failed write to the store is tried again; it doubles up to [`SLOWEST`].
+const FIRST: Duration = Duration::from_millis(200);
+/// The longest such wait.
+const SLOWEST: Duration = Duration::from_secs(30);
+/// How often the store's health is looked at.
+const PULSE: Duration = Duration::from_secs(1);
+
+/// The configuration: the store's, else the file of `--net-config-path`.
+pub(super) async fn net_conf(flags: &Flags, store: &Store) -> Result<NetConf> {
+    let psk_file = flags.psk_file.as_deref();
+    match store.config().await? {
+        Some(json) => {
+            let json = Zeroizing::new(json);
+            Ok(NetConf::parse(
+                &json,
+                &Context {
+                    file: "the store's net-conf.json",
+                    psk_file,
+                },
+            )?)
+        }
+        None => Ok(NetConf::load(&flags.net_config_path, psk_file).with_context(|| {
+            let folder = flags
+                .lease_dir
+                .as_ref()
+                .map(|dir| dir.join("net-conf.json").display().to_string());
+            format!(
+                "neither {} nor --net-config-path gives a configuration",
+                folder.unwrap_or_default()
+            )
+        })?),
+    }
+}
+
+/// Follows the configuration: what may change does, what may not is refused with the reason, and the last good one
+/// stays in force.
+pub(super) async fn follow_conf(
+    flags: Flags,
+    store: Store,
+    current: watch::Sender<Settings>,
+    misconfigured: watch::Sender<Option<String>>,
+) {
+    let mut changes = store.config_changes();
+    loop {
+        tokio::select! {
+            changed = changes.changed() => if changed.is_err() { return },
+            () = sleep(LOOK) => {}
+        }
+        let read = net_conf(&flags, &store).await.and_then(|conf| {
+            let ipsec = conf.backend.served()?;
+            let wanted = settings(&flags, &conf, ipsec);
+            unchangeable(&current.borrow(), &wanted)?;
+            Ok(wanted)
+        });
+        let error = match read {
+            Ok(wanted) => {
+                let changed = current.send_if_modified(|now| {
+                    let differs = *now != wanted;
+                    *now = wanted;
+                    differs
+                });
+                if changed {
+                    info!("the new configuration is in force");
+                }
+                None
+            }
+            Err(error) => Some(format!("{error:#}")),
+        };
+        misconfigured.send_if_modified(|before| {
+            let differs = *before != error;
+            if let (true, Some(error)) = (differs, &error) {
+                error!(
+                    error,
+                    "the new configuration is refused; the last good one stays in force"
+                );
+            }
+            *before = error;
+            differs
+        });
+    }
+}
+
+/// Keeps the node's lease: takes a subnet, publishes what the loop says, publishes again what is lost.
+pub(super) struct Keeper {
+    pub(super) node: NodeName,
+    pub(super) network: Network,
+    pub(super) store: Store,
+    pub(super) psks: watch::Receiver<psk::Held>,
+    pub(super) uplink: watch::Receiver<Result<Uplink, UplinkError>>,
+    pub(super) subnet_file: PathBuf,
+}
+
+impl Keeper {
+    /// Runs for the daemon's life; ends only where no lease can ever be had.
+    pub(super) async fn keep(
+        self,
+        holding: watch::Sender<Option<Holding>>,
+        mut lease: watch::Receiver<Option<Lease>>,
+        health: watch::Sender<Health>,
+        mut note: Remembered,
+        run_dir: PathBuf,
+    ) -> Result<()> {
+        let held = self.acquire(&health).await?;
+        note.subnets = held.subnets.iter().collect();
+        if let Err(error) = note.write(&run_dir) {
+            warn!(error = chain(&error), "`ringmail cleanup` will need --lease-dir");
+        }
+        info!(subnets = %held.subnets, "holding a lease");
+        let previous = self.previous(&held);
+        holding.send_replace(Some(Holding {
+            subnets: held.subnets,
+            slot: held.slot,
+            previous,
+        }));
+        let mut roster = self.store.roster();
+        let (mut wait, mut failing) = (FIRST, None);
+        loop {
+            let wanted = lease.borrow_and_update().clone();
+            let outcome = match &wanted {
+                Some(wanted) if roster.borrow_and_update().get(&self.node).map(|held| &**held) != Some(wanted) => self
+                    .store
+                    .publish(wanted)
+                    .await
+                    .map(|()| info!(lease = %wanted.subnets, "published")),
+                _ => Ok(()),
+            };
+            let again = match outcome {
+                Ok(()) => {
+                    (wait, failing) = (FIRST, None);
+                    None
+                }
+                Err(error) => {
+                    let text = chain(&error);
+                    if failing.as_ref() != Some(&text) {
+                        error!(error = text, "the lease can't be published; trying again");
+                    }
+                    failing = Some(text);
+                    let now = wait;
+                    wait = (wait * 2).min(SLOWEST);
+                    Some(now)
+                }
+            };
+            self.pulse(&health);
+            let pause = async {
+                match again {
+                    Some(wait) => sleep(wait).await,
+                    None => std::future::pending().await,
+                }
+            };
+            tokio::pin!(pause);
+            loop {
+                tokio::select! {
+                    () = &mut pause => break,
+                    Ok(()) = lease.changed() => break,
+                    Ok(()) = roster.changed(), if again.is_none() => break,
+                    () = sleep(PULSE) => self.pulse(&health),
+                }
+            }
+        }
+    }
+
+    fn pulse(&self, health: &watch::Sender<Health>) {
+        let now = self.store.health();
+        health.send_if_modified(|before| {
+            let differs = *before != now;
+            *before = now;
+            differs
+        });
+    }
+
+    async fn acquire(&self, health: &watch::Sender<Health>) -> Result<Held> {
+        let previous = subnet_env::previous(&self.subnet_file);
+        let previous = (previous.iter().next().is_some()).then_some(previous);
+        let (mut wait, mut failing) = (FIRST, None);
+        loop {
+            let mut random = [0; 8];
+            SystemRandom::new()
+                .fill(&mut random)
+                .ok()
+                .context("draw a random number")?;
+            let public = self
+                .uplink
+                .borrow()
+                .as_ref()
+                .map(|uplink| uplink.public)
+                .unwrap_or_default();
+            let claim = Claim {
+                previous,
+                public,
+                random: u64::from_be_bytes(random),
+            };
+            match self.store.acquire(&self.node, &self.network, &claim).await {
+                Ok(held) => return Ok(held),
+                Err(error) if !error.is_transient() => return Err(error).context("take a subnet"),
+                Err(error) => {
+                    let text = chain(&error);
+                    if failing.as_ref() != Some(&text) {
+                        error!(error = text, "no subnet can be taken; trying again");
+                    }
+                    failing = Some(text);
+                }
+            }
+            self.pulse(health);
+            sleep(wait).await;
+            wait = (wait * 2).min(SLOWEST);
+        }
+    }
+
+    /// The epoch that an earlier process published, where the statement is truly ours: a forged one could name a
+    /// number that leaves none above it.
+    fn previous(&self, held: &Held) -> Option<Epoch> {
+        let lease = held.previous.as_ref()?;
+        let set = self.psks.borrow().set.clone()?;
+        match admission::verify(lease, &self.network, &set.psks) {
+            Ok(admitted) => Some(admitted.statement.epoch),
+            Err(refusal) if lease.backend.is_empty() => {
+                let _ = refusal;
+                None
+            }
+            Err(refusal) => {
+                warn!(reason = %refusal, "the lease that the store had of this node is not believed");
+                None
+            }
+        }
+    }
+}
