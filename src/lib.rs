@@ -3,6 +3,7 @@ pub mod admin;
 pub mod admission;
 pub mod audit;
 pub mod backend;
+pub mod cli;
 pub mod config;
 pub mod daemon;
 pub mod epochs;

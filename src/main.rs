@@ -1,37 +1,35 @@
-//! Stand-in.
-use ringmail::config::flags::{Environment, Wanted};
-fn main() {
-    tracing_subscriber::fmt()
-        .with_writer(std::io::stderr)
-        .with_env_filter(tracing_subscriber::EnvFilter::from_env("RINGMAIL_LOG"))
-        .init();
-    let mut args: Vec<std::ffi::OsString> = std::env::args_os().skip(1).collect();
-    let verb = args.remove(0);
-    if verb == "run" {
-        match ringmail::config::Flags::from_args(args, &Environment::of_process()) {
-            Ok(Wanted::Run(flags)) => {
-                if let Err(e) = ringmail::daemon::run(&flags) {
-                    eprintln!("ERR {:#}", anyhow::Error::new(e));
-                    std::process::exit(1)
-                }
-            }
-            other => println!("{other:?}"),
+//! The `ringmail` command: give up what is not needed, understand the arguments, then run the daemon or a verb.
+
+use std::process::ExitCode;
+
+use ringmail::cli::{self, Failure, Invocation, Shown, log, process};
+use ringmail::config::flags::{Environment, Flags};
+use ringmail::daemon::{self, StartError};
+
+fn main() -> ExitCode {
+    cli::finish(start())
+}
+
+fn start() -> Result<Shown, Failure> {
+    process::harden()?;
+    let environment = Environment::of_process();
+    match Invocation::parse(std::env::args_os(), &environment)? {
+        Invocation::Run(flags) => run(&flags, &environment),
+        Invocation::Verb(verb) => verb.execute(),
+        Invocation::Text(text) => Ok(text.into()),
+        Invocation::Version => {
+            eprintln!("{}", env!("CARGO_PKG_VERSION"));
+            Ok(Shown::from(String::new()))
         }
-    } else if verb == "keygen" {
-        print!("{}", *ringmail::psk::keygen().unwrap());
-    } else {
-        let dir = args[1].clone();
-        let req = match verb.to_str().unwrap() {
-            "status" => ringmail::admin::Request::Status,
-            "audit" => ringmail::admin::Request::Audit,
-            "rotate" => ringmail::admin::Request::Rotate,
-            _ => ringmail::admin::Request::Leases,
-        };
-        println!(
-            "{:#}",
-            ringmail::admin::ask(std::path::Path::new(&dir), req)
-                .map_err(|e| e.to_string())
-                .unwrap_or_else(|e| e.into())
-        );
+    }
+}
+
+/// The daemon, until it is told to stop.
+fn run(flags: &Flags, environment: &Environment) -> Result<Shown, Failure> {
+    log::start(flags.v, environment)?;
+    match daemon::run(flags) {
+        Ok(()) => Ok(Shown::from(String::new())),
+        Err(error @ StartError::Configuration(_)) => Err(Failure::config(error)),
+        Err(error @ StartError::Other(_)) => Err(Failure::other(error)),
     }
 }

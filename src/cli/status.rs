@@ -1,0 +1,242 @@
+//! `ringmail status`: the node in a few lines, a row for each peer, and below it why it is not up.
+
+use std::collections::BTreeMap;
+use std::path::Path;
+use std::time::Duration;
+
+use clap::Args;
+
+use super::table::{Align, Style, Table, Tone, bytes, clean, count, span, wrap};
+use super::{Common, Failure, Shown};
+use crate::admin::{Request, ask};
+use crate::node::report::{PeerReport, Report, State};
+
+/// Show how this node and each of its peers stand.
+#[derive(Debug, Args)]
+#[command(after_help = "\
+States: up (data goes, on the newest generation), moving (data goes, and is changing to a newer one), kept (data goes
+on keys of an earlier process), waiting (no data yet), refused (its lease is not believed).
+
+Exit code: 0 where every peer is up or moving and nothing is wrong with the node, else 1.
+
+Examples:
+  ringmail status
+  ringmail status --json | jq '.peers[] | select(.state != \"up\")'")]
+pub struct Arguments {
+    #[command(flatten)]
+    common: Common,
+}
+
+pub(super) fn run(Arguments { common }: &Arguments, style: &Style) -> Result<Shown, Failure> {
+    let report = fetch(&common.run_dir)?;
+    let well = well(&report);
+    Ok(if common.json {
+        Shown::json(&report, well)
+    } else {
+        Shown::text(render(&report, *style), well)
+    })
+}
+
+/// Asks the daemon for the picture.
+pub(super) fn fetch(run_dir: &Path) -> Result<Report, Failure> {
+    let answer = ask(run_dir, Request::Status).map_err(Failure::other)?;
+    serde_json::from_value(answer)
+        .map_err(anyhow::Error::from)
+        .map_err(|error| Failure::other(error.context("the daemon's answer is not understood: use the same version")))
+}
+
+/// Whether there is nothing to tell anybody about.
+pub(super) fn well(report: &Report) -> bool {
+    let peer = |peer: &PeerReport| matches!(peer.state, State::Up | State::Moving) && peer.reason.is_none();
+    report.complete && report.problems.is_empty() && report.rejected.is_empty() && report.peers.iter().all(peer)
+}
+
+pub(super) fn render(report: &Report, style: Style) -> String {
+    let mut text = head(report);
+    for problem in &report.problems {
+        text += &style.paint(&wrap(&format!("problem: {}", clean(problem, false)), 0), Tone::Bad);
+    }
+    for (entry, why) in &report.rejected {
+        let line = format!("rejected: {}: {}", clean(entry, false), clean(why, false));
+        text += &style.paint(&wrap(&line, 0), Tone::Doubtful);
+    }
+    if report.peers.is_empty() {
+        return text;
+    }
+    let mut table = Table::new([
+        ("PEER", Align::Left),
+        ("SUBNET", Align::Left),
+        ("ADDRESS", Align::Left),
+        ("STATE", Align::Left),
+        ("HEARD", Align::Right),
+        ("SENT", Align::Right),
+        ("RECEIVED", Align::Right),
+        ("ERRORS", Align::Right),
+    ]);
+    for peer in &report.peers {
+        rows(peer, &mut table);
+    }
+    text.push('\n');
+    text + &table.render(style)
+}
+
+fn head(report: &Report) -> String {
+    let or = |items: &[String], none: &str| {
+        if items.is_empty() {
+            none.to_owned()
+        } else {
+            items.join(" ")
+        }
+    };
+    let age = report
+        .epoch_age
+        .map(|age| format!(", {} old", span(Duration::from_secs(age))))
+        .unwrap_or_default();
+    let mtu = report.mtu.map_or_else(|| "unknown".into(), |mtu| mtu.to_string());
+    let lines = [
+        (
+            "node",
+            format!(
+                "{}, {} of {}, public {}",
+                report.node,
+                or(&report.subnets, "no subnet"),
+                or(&report.network, "no Network"),
+                or(&report.public, "unknown")
+            ),
+        ),
+        (
+            "epoch",
+            format!(
+                "{}{age}",
+                report.epoch.map_or_else(|| "none".into(), |epoch| epoch.to_string())
+            ),
+        ),
+        ("PSKs", or(&report.kids, "none")),
+        (
+            "uplink",
+            format!(
+                "{}, MTU in the mesh {mtu}, {}, UDPEncap {}",
+                report.uplink.as_deref().unwrap_or("none"),
+                report.cipher,
+                report.encap
+            ),
+        ),
+        (
+            "store",
+            if report.complete {
+                "read whole"
+            } else {
+                "not read whole yet"
+            }
+            .into(),
+        ),
+        ("peers", summary(&report.peers)),
+    ];
+    let line = |(name, value): &(&str, String)| {
+        let wrapped = wrap(&clean(value, false), 8);
+        format!("{name:8}{}", wrapped.trim_start())
+    };
+    lines.iter().map(line).collect()
+}
+
+fn summary(peers: &[PeerReport]) -> String {
+    let mut by_state: BTreeMap<State, usize> = BTreeMap::new();
+    for peer in peers {
+        *by_state.entry(peer.state).or_default() += 1;
+    }
+    let counts: Vec<String> = by_state
+        .iter()
+        .map(|(state, n)| format!("{n} {}", word(*state)))
+        .collect();
+    if counts.is_empty() {
+        "none".into()
+    } else {
+        counts.join(", ")
+    }
+}
+
+fn word(state: State) -> &'static str {
+    match state {
+        State::Up => "up",
+        State::Moving => "moving",
+        State::Kept => "kept",
+        State::Waiting => "waiting",
+        State::Refused => "refused",
+    }
+}
+
+fn rows(peer: &PeerReport, table: &mut Table) {
+    let tone = match peer.state {
+        State::Up => Tone::Good,
+        State::Moving | State::Kept | State::Waiting => Tone::Doubtful,
+        State::Refused => Tone::Bad,
+    };
+    let heard = peer
+        .heard
+        .and_then(|heard| Duration::try_from_secs_f64(heard).ok())
+        .map_or_else(|| "-".into(), span);
+    let plain = |text: String| (text, Tone::Plain);
+    let served = peer.state != State::Refused;
+    let amount = |number: u64| plain(if served { bytes(number) } else { "-".into() });
+    let errors = if peer.errors > 0 { Tone::Doubtful } else { Tone::Plain };
+    let mut subnets = peer.subnets.iter();
+    table.row([
+        plain(peer.node.clone()),
+        plain(subnets.next().cloned().unwrap_or_else(|| "-".into())),
+        plain(peer.address.clone()),
+        (word(peer.state).to_owned(), tone),
+        plain(heard),
+        amount(peer.bytes_out),
+        amount(peer.bytes_in),
+        (if served { peer.errors.to_string() } else { "-".into() }, errors),
+    ]);
+    for subnet in subnets {
+        let empty = || plain(String::new());
+        table.row([
+            empty(),
+            plain(subnet.clone()),
+            empty(),
+            empty(),
+            empty(),
+            empty(),
+            empty(),
+            empty(),
+        ]);
+    }
+    if served {
+        table.note(&detail(peer));
+    }
+    if let Some(reason) = &peer.reason {
+        table.note(reason);
+    }
+}
+
+/// The second line of a peer: which keys, which way, how many packets.
+fn detail(peer: &PeerReport) -> String {
+    let mut parts = Vec::new();
+    if let Some(generation) = &peer.generation {
+        parts.push(format!("generation {generation}"));
+    }
+    if let Some(newest) = &peer.newest {
+        parts.push(format!("newest {newest}"));
+    }
+    if let Some(spi) = &peer.spi_out {
+        parts.push(format!("SPI out {spi}"));
+    }
+    if let Some(spi) = &peer.spi_in {
+        parts.push(format!("in {spi}"));
+    }
+    if let Some(encap) = &peer.encap {
+        parts.push(encap.clone());
+    }
+    if let Some(time) = peer.round_trip {
+        parts.push(format!("{time:.1} ms"));
+    }
+    parts.push(format!("{} out", count_u64(peer.packets_out)));
+    parts.push(format!("{} in", peer.packets_in));
+    parts.join(", ")
+}
+
+fn count_u64(packets: u64) -> String {
+    usize::try_from(packets).map_or_else(|_| format!("{packets} packets"), |packets| count(packets, "packet"))
+}
