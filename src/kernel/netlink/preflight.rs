@@ -70,7 +70,7 @@ impl Netlink {
     }
 }
 
-fn attempt(xfrm: &mut Xfrm, cipher: Cipher, v6: bool) -> Result<Features, PreflightError> {
+pub(super) fn attempt(xfrm: &mut Xfrm, cipher: Cipher, v6: bool) -> Result<Features, PreflightError> {
     let (loopback, family) = match v6 {
         false => (IpAddr::V4(Ipv4Addr::LOCALHOST), "IPv4"),
         true => (IpAddr::V6(Ipv6Addr::LOCALHOST), "IPv6"),
