@@ -28,7 +28,11 @@ impl NodeName {
     /// Checks `name`; see the type for the rule.
     pub fn new(name: &str) -> Result<Self, BadNodeName> {
         let good = (1..=253).contains(&name.len()) && name.bytes().all(|b| b.is_ascii_graphic() && b != b'/');
-        if good { Ok(Self(name.into())) } else { Err(BadNodeName(name.chars().take(64).collect())) }
+        if good {
+            Ok(Self(name.into()))
+        } else {
+            Err(BadNodeName(name.chars().take(64).collect()))
+        }
     }
 
     /// The name as text.
@@ -73,7 +77,10 @@ impl Subnets {
 
     /// Each subnet's base address (10.244.1.0 of 10.244.1.0/24): the node's own address in the mesh.
     pub fn bases(&self) -> Addresses {
-        Addresses { v4: self.v4.map(|n| n.network()), v6: self.v6.map(|n| n.network()) }
+        Addresses {
+            v4: self.v4.map(|n| n.network()),
+            v6: self.v6.map(|n| n.network()),
+        }
     }
 }
 
@@ -81,8 +88,14 @@ impl FromIterator<IpNet> for Subnets {
     /// The last of each family wins.
     fn from_iter<I: IntoIterator<Item = IpNet>>(nets: I) -> Self {
         nets.into_iter().fold(Self::default(), |subnets, net| match net {
-            IpNet::V4(v4) => Self { v4: Some(v4), ..subnets },
-            IpNet::V6(v6) => Self { v6: Some(v6), ..subnets },
+            IpNet::V4(v4) => Self {
+                v4: Some(v4),
+                ..subnets
+            },
+            IpNet::V6(v6) => Self {
+                v6: Some(v6),
+                ..subnets
+            },
         })
     }
 }
@@ -120,10 +133,12 @@ impl Addresses {
 impl FromIterator<IpAddr> for Addresses {
     /// The last of each family wins.
     fn from_iter<I: IntoIterator<Item = IpAddr>>(addresses: I) -> Self {
-        addresses.into_iter().fold(Self::default(), |all, address| match address {
-            IpAddr::V4(v4) => Self { v4: Some(v4), ..all },
-            IpAddr::V6(v6) => Self { v6: Some(v6), ..all },
-        })
+        addresses
+            .into_iter()
+            .fold(Self::default(), |all, address| match address {
+                IpAddr::V4(v4) => Self { v4: Some(v4), ..all },
+                IpAddr::V6(v6) => Self { v6: Some(v6), ..all },
+            })
     }
 }
 
@@ -264,7 +279,10 @@ impl Roster {
         if seen < self.forgotten {
             return Err(LogForgotten);
         }
-        let changed = self.log.range((Bound::Excluded(seen), Bound::Unbounded)).map(|(_, node)| node);
+        let changed = self
+            .log
+            .range((Bound::Excluded(seen), Bound::Unbounded))
+            .map(|(_, node)| node);
         Ok(changed.map(|node| (node, self.get(node))))
     }
 
@@ -355,7 +373,12 @@ impl Network {
                 let bits = |net: Ipv6Net| u128::from(net.network());
                 let index = bits(subnet).wrapping_sub(bits(range.net)) >> (128 - u32::from(range.subnet_len)).min(127);
                 let inside = range.net.contains(&subnet);
-                Some(index_of(subnet.into(), inside, range.subnet_len, u64::try_from(index).unwrap_or(u64::MAX)))
+                Some(index_of(
+                    subnet.into(),
+                    inside,
+                    range.subnet_len,
+                    u64::try_from(index).unwrap_or(u64::MAX),
+                ))
             }
             _ => None,
         };
@@ -363,7 +386,12 @@ impl Network {
             (Some(range), Some(subnet)) => {
                 let bits = |net: Ipv4Net| u32::from(net.network());
                 let index = bits(subnet).wrapping_sub(bits(range.net)) >> (32 - u32::from(range.subnet_len)).min(31);
-                Some(index_of(subnet.into(), range.net.contains(&subnet), range.subnet_len, u64::from(index)))
+                Some(index_of(
+                    subnet.into(),
+                    range.net.contains(&subnet),
+                    range.subnet_len,
+                    u64::from(index),
+                ))
             }
             _ => None,
         };
@@ -420,7 +448,10 @@ fn index_of(subnet: IpNet, inside: bool, len: u8, index: u64) -> Result<Slot, No
     if subnet.prefix_len() != len {
         return Err(NoSlot::Length(subnet, len));
     }
-    u32::try_from(index).ok().and_then(|i| Slot::new(i).ok()).ok_or(NoSlot::TooHigh(subnet))
+    u32::try_from(index)
+        .ok()
+        .and_then(|i| Slot::new(i).ok())
+        .ok_or(NoSlot::TooHigh(subnet))
 }
 
 impl fmt::Display for Network {

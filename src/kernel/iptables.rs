@@ -1,0 +1,215 @@
+//! The packet filter as iptables chains of our own, for kernels without address translation in nf_tables.
+//!
+//! Each table is changed by one `iptables-restore --noflush`, which the kernel commits at one instant; `iptables-save`
+//! shows what stands. iptables tells nobody of changes: whoever uses this compares now and then.
+
+mod program;
+mod text;
+
+use std::collections::BTreeMap;
+use std::fmt;
+use std::time::Duration;
+
+use crate::kernel::firewall::{Counters, Firewall, Rule, Way};
+
+use program::Programs;
+use text::{Shown, Table};
+
+/// How long one run of a program may take.
+pub const LIMIT: Duration = Duration::from_secs(10);
+
+/// Why iptables does not hold what it should.
+#[derive(Debug, thiserror::Error)]
+pub enum Error {
+    /// No set of programs is installed.
+    #[error(
+        "{family}tables-save and {family}tables-restore are not installed in {path}: \
+         install the package iptables (Debian, Ubuntu, Alpine; Fedora: iptables-legacy or iptables-nft)"
+    )]
+    Missing {
+        /// Which family's.
+        family: Family,
+        /// Where they were looked for.
+        path: String,
+    },
+    /// Programs are there, and none works on this kernel.
+    #[error("no iptables works on this kernel; the last that was tried: {program} -t {table}: {message}")]
+    Unusable {
+        /// The program.
+        program: String,
+        /// The table.
+        table: &'static str,
+        /// What it said.
+        message: String,
+    },
+    /// A program refused.
+    #[error("{program} (exit code {code}): {message}")]
+    Failed {
+        /// The program.
+        program: String,
+        /// Its exit code; `signal` where it was ended by one.
+        code: String,
+        /// What it said.
+        message: String,
+    },
+    /// A program did not end in time and was ended.
+    #[error("{program} did not end within {} s: another program may hold the xtables lock (/run/xtables.lock)", LIMIT.as_secs())]
+    Slow {
+        /// The program.
+        program: String,
+    },
+    /// A program could not be run.
+    #[error("run {program}")]
+    Run {
+        /// The program.
+        program: String,
+        /// The system's reason.
+        source: std::io::Error,
+    },
+    /// What was written is not what stands.
+    #[error("{program} shows other rules in {chain} than were written a moment ago: another program is changing them")]
+    Disturbed {
+        /// The program.
+        program: String,
+        /// The chain.
+        chain: &'static str,
+    },
+}
+
+/// An address family, with the prefix of its programs' names.
+#[derive(Clone, Copy, Debug, Eq, Ord, PartialEq, PartialOrd)]
+pub enum Family {
+    /// IPv4.
+    V4,
+    /// IPv6.
+    V6,
+}
+
+impl Family {
+    const ALL: [Self; 2] = [Self::V4, Self::V6];
+}
+
+impl fmt::Display for Family {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(match self {
+            Self::V4 => "ip",
+            Self::V6 => "ip6",
+        })
+    }
+}
+
+/// The chains of both families, and what we last put there.
+pub struct Iptables {
+    programs: BTreeMap<Family, Programs>,
+    written: Option<(Firewall, BTreeMap<(Family, Table), Vec<String>>)>,
+}
+
+impl Iptables {
+    /// Finds programs that work on this kernel, for IPv4 at least: the plain ones, else `-legacy`, else `-nft`.
+    pub fn open() -> Result<Self, Error> {
+        let programs = BTreeMap::from([(Family::V4, Programs::find(Family::V4)?)]);
+        Ok(Self {
+            programs,
+            written: None,
+        })
+    }
+
+    /// Makes our chains hold `firewall` and puts the jumps to them first in their built-in chains. The drop counters
+    /// keep their numbers.
+    pub fn apply(&mut self, firewall: &Firewall) -> Result<(), Error> {
+        self.written = None;
+        let rules = firewall.rules();
+        let mut written = BTreeMap::new();
+        for family in Family::ALL {
+            let rules: Vec<Rule> = rules
+                .iter()
+                .copied()
+                .filter(|rule| rule.is_v6() == (family == Family::V6))
+                .collect();
+            if rules.is_empty() {
+                self.remove_family(family)?;
+                continue;
+            }
+            let programs = self.programs(family)?;
+            for table in Table::ALL {
+                let wanted = text::rules(table, &rules, &firewall.uplink);
+                let shown = Shown::parse(table, &programs.save(table)?);
+                programs.restore(&text::replacement(table, &wanted, &shown))?;
+                let shown = Shown::parse(table, &programs.save(table)?);
+                if !shown.jumps_first() || shown.rules.len() != wanted.len() {
+                    return Err(Error::Disturbed {
+                        program: programs.save_name(),
+                        chain: table.chain(),
+                    });
+                }
+                written.insert((family, table), shown.rules);
+            }
+        }
+        self.written = Some((firewall.clone(), written));
+        Ok(())
+    }
+
+    /// Whether our chains and the jumps to them are as [`Iptables::apply`] left them when it was last called with
+    /// `firewall`. Runs six programs with both families.
+    pub fn matches(&mut self, firewall: &Firewall) -> Result<bool, Error> {
+        let Some((_, written)) = self.written.as_ref().filter(|(written, _)| written == firewall) else {
+            return Ok(false);
+        };
+        for ((family, table), rules) in written {
+            let Some(programs) = self.programs.get(family) else {
+                return Ok(false);
+            };
+            let shown = Shown::parse(*table, &programs.save(*table)?);
+            if !shown.jumps_first() || shown.rules != *rules {
+                return Ok(false);
+            }
+        }
+        Ok(true)
+    }
+
+    /// Removes our chains and the jumps to them, in both families.
+    pub fn remove(&mut self) -> Result<(), Error> {
+        self.written = None;
+        Family::ALL
+            .into_iter()
+            .try_for_each(|family| self.remove_family(family))
+    }
+
+    /// What the guard has dropped, both families together; zeros where our chains are absent.
+    pub fn counters(&mut self) -> Result<Counters, Error> {
+        let mut counters = Counters::default();
+        for family in Family::ALL {
+            let Ok(programs) = self.programs(family) else { continue };
+            for way in Way::ALL {
+                let table = Table::of(way);
+                let dropped = Shown::parse(table, &programs.save(table)?).dropped;
+                let tally = counters.of(way);
+                tally.packets += dropped.packets;
+                tally.bytes += dropped.bytes;
+            }
+        }
+        Ok(counters)
+    }
+
+    fn remove_family(&mut self, family: Family) -> Result<(), Error> {
+        // Where a family has no programs that work, it has no rules either.
+        let Ok(programs) = self.programs(family) else {
+            return Ok(());
+        };
+        for table in Table::ALL {
+            let shown = Shown::parse(table, &programs.save(table)?);
+            if let Some(script) = text::removal(table, &shown) {
+                programs.restore(&script)?;
+            }
+        }
+        Ok(())
+    }
+
+    fn programs(&mut self, family: Family) -> Result<&Programs, Error> {
+        use std::collections::btree_map::Entry;
+        match self.programs.entry(family) {
+            Entry::Occupied(found) => Ok(found.into_mut()),
+            Entry::Vacant(place) => Ok(place.insert(Programs::find(family)?)),
+        }
+    }
+}
