@@ -18,7 +18,7 @@ const UDP_ENCAP: libc::c_int = 100;
 /// `UDP_ENCAP_ESPINUDP`: a non-zero SPI first, or four zero bytes before what is not ESP.
 const ESP_IN_UDP: libc::c_int = 2;
 /// At most so many datagrams are thrown away in one call, so that a flood of them can't hold up the caller.
-const DRAIN_AT_MOST: usize = 256;
+const DRAIN_AT_MOST: usize = 64;
 /// RFC 3948 §2.3: a NAT-keepalive is this byte alone.
 const KEEPALIVE: [u8; 1] = [0xff];
 
@@ -136,7 +136,7 @@ impl Encap {
         self.local
     }
 
-    /// Throws away what has arrived, at most 256 datagrams; says how many. Call it when the socket is readable: what
+    /// Throws away what has arrived, at most 64 datagrams; says how many. Call it when the socket is readable: what
     /// nobody reads fills its queue.
     pub fn drain(&self) -> usize {
         let mut first = [0; 1];
@@ -163,5 +163,152 @@ impl Encap {
 impl AsFd for Encap {
     fn as_fd(&self) -> BorrowedFd<'_> {
         self.socket.as_fd()
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::time::Duration;
+
+    use super::*;
+    use crate::kernel::firewall::lab::{Net, seen_and_answered};
+
+    fn at(text: &str) -> SocketAddr {
+        text.parse().expect("an address and port")
+    }
+
+    #[test]
+    #[ignore = "needs root and a kernel with ESP"]
+    fn esp_in_udp_reaches_the_other_side_while_the_socket_is_there() {
+        for (public, other_public, subnets) in [
+            ("198.51.100.1", "198.51.100.2", ["10.244.1.0/32", "10.244.2.0/32"]),
+            (
+                "2001:db8::1",
+                "2001:db8::2",
+                ["fd00:244:0:1::/128", "fd00:244:0:2::/128"],
+            ),
+        ] {
+            let (net, other) = (Net::new(), Net::new());
+            let addresses = |last| [format!("198.51.100.{last}/24"), format!("2001:db8::{last}/64")];
+            let (ours, theirs) = (addresses(1), addresses(2));
+            net.cable("wan", [&ours[0], &ours[1]], &other, "wan", [&theirs[0], &theirs[1]]);
+            let sides = [(&net, public, other_public, 0), (&other, other_public, public, 1)];
+            for (net, me, peer, index) in sides {
+                net.address(subnets[index], "lo");
+                let key = "0x000102030405060708090a0b0c0d0e0f10111213";
+                for (from, to) in [(me, peer), (peer, me)] {
+                    net.ip(&format!(
+                        "xfrm state add src {from} dst {to} proto esp spi 0x1000 reqid 1 mode tunnel \
+                         encap espinudp 4500 4500 0.0.0.0 aead rfc4106(gcm(aes)) {key} 128"
+                    ));
+                }
+                let (own, far) = (subnets[index], subnets[1 - index]);
+                let template = |from, to| format!("tmpl src {from} dst {to} proto esp reqid 1 mode tunnel");
+                net.ip(&format!(
+                    "xfrm policy add src {own} dst {far} dir out {}",
+                    template(me, peer)
+                ));
+                net.ip(&format!(
+                    "xfrm policy add src {far} dst {own} dir in {}",
+                    template(peer, me)
+                ));
+                let family = if me.contains(':') { "-6 " } else { "" };
+                let bare = own.split('/').next().expect("an address");
+                net.ip(&format!("{family}route add {far} via {peer} src {bare}"));
+            }
+            let local = |address: &str| SocketAddr::new(address.parse().expect("an address"), 4500);
+            let first = net.run(|| Encap::open(local(public))).expect("the socket");
+            let second = other.run(|| Encap::open(local(other_public))).expect("the socket");
+            let pod = |index: usize| {
+                SocketAddr::new(
+                    subnets[index].split('/').next().expect("one").parse().expect("one"),
+                    7000,
+                )
+            };
+            let (here, there) = (net.socket(&pod(0).to_string()), other.socket(&pod(1).to_string()));
+            assert_eq!(seen_and_answered(&here, &there), pod(0).ip());
+            assert_eq!((first.drain(), second.drain()), (0, 0), "the kernel took the ESP");
+
+            drop(second);
+            here.send_to(b"?", pod(1)).expect("sent");
+            there
+                .set_read_timeout(Some(Duration::from_millis(200)))
+                .expect("a timeout");
+            assert!(
+                there.recv_from(&mut [0; 8]).is_err(),
+                "nobody takes ESP out of UDP without the socket"
+            );
+        }
+    }
+
+    #[test]
+    #[ignore = "needs root and network namespaces"]
+    fn encap_throws_away_what_is_no_esp() {
+        let net = Net::new();
+        let (encap, sender) = net.run(|| {
+            (
+                Encap::open(at("127.0.0.1:4500")).expect("the socket"),
+                UdpSocket::bind("127.0.0.1:0").expect("a socket"),
+            )
+        });
+        assert_eq!(encap.drain(), 0);
+        // The kernel may deliver a moment after the send.
+        let drained = |count| {
+            let mut thrown = 0;
+            for _ in 0..100 {
+                thrown += encap.drain();
+                if thrown >= count {
+                    break;
+                }
+                std::thread::sleep(Duration::from_millis(10));
+            }
+            thrown
+        };
+        for _ in 0..3 {
+            sender.send_to(&[0, 0, 0, 0, 1, 2, 3, 4], encap.local()).expect("sent");
+        }
+        assert_eq!(drained(3), 3);
+        for _ in 0..DRAIN_AT_MOST + 1 {
+            sender.send_to(&[0, 0, 0, 0, 1], encap.local()).expect("sent");
+        }
+        std::thread::sleep(Duration::from_millis(50));
+        assert_eq!(encap.drain(), DRAIN_AT_MOST, "a flood does not hold the caller");
+        assert_eq!(drained(1), 1);
+        encap.keep_alive(sender.local_addr().expect("bound")).expect("sent");
+        let mut received = [0; 4];
+        assert_eq!(sender.recv(&mut received).expect("a keepalive"), 1);
+        assert_eq!(received[0], 0xff);
+    }
+
+    #[test]
+    #[ignore = "needs root and network namespaces"]
+    fn encap_names_a_port_in_use_and_how_to_find_its_holder() {
+        let net = Net::new();
+        net.run(|| {
+            let _v4 = Encap::open(at("0.0.0.0:4500")).expect("IPv4");
+            let _v6 = Encap::open(at("[::]:4500")).expect("IPv6 beside it");
+            let error = Encap::open(at("0.0.0.0:4500")).expect_err("taken");
+            assert!(matches!(error, Error::PortInUse { .. }), "{error:?}");
+            let text = error.to_string();
+            assert!(
+                text.contains("UDP 0.0.0.0:4500 is in use") && text.contains("ss -ulpn 'sport = :4500'"),
+                "{text}"
+            );
+            assert!(text.contains("EncapPort"), "{text}");
+        });
+    }
+
+    #[test]
+    #[ignore = "needs root and network namespaces"]
+    fn encap_takes_over_a_socket_only_if_it_is_the_right_one() {
+        let net = Net::new();
+        net.run(|| {
+            let kept = || OwnedFd::from(UdpSocket::bind("127.0.0.1:4500").expect("a socket"));
+            let adopted = Encap::adopt(kept(), at("127.0.0.1:4500")).expect("taken over");
+            assert_eq!(adopted.drain(), 0, "it does not wait");
+            drop(adopted);
+            let error = Encap::adopt(kept(), at("127.0.0.1:4501")).expect_err("another port");
+            assert!(matches!(error, Error::Other { .. }), "{error:?}");
+        });
     }
 }

@@ -299,4 +299,6 @@ impl Manager {
 }
 
 #[cfg(test)]
+pub(crate) mod lab;
+#[cfg(test)]
 pub(crate) mod tests;

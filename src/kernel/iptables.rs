@@ -101,8 +101,13 @@ impl fmt::Display for Family {
 /// The chains of both families, and what we last put there.
 pub struct Iptables {
     programs: BTreeMap<Family, Programs>,
-    written: Option<(Firewall, BTreeMap<(Family, Table), Vec<String>>)>,
+    written: Option<(Firewall, Standing)>,
+    /// Drops counted by rules that were rewritten by a program that does not carry the numbers over (ip6tables-nft 1.8.9).
+    lost: Counters,
 }
+
+/// What `iptables-save` shows of each of our chains.
+type Standing = BTreeMap<(Family, Table), Vec<String>>;
 
 impl Iptables {
     /// Finds programs that work on this kernel, for IPv4 at least: the plain ones, else `-legacy`, else `-nft`.
@@ -111,6 +116,7 @@ impl Iptables {
         Ok(Self {
             programs,
             written: None,
+            lost: Counters::default(),
         })
     }
 
@@ -130,17 +136,22 @@ impl Iptables {
                 self.remove_family(family)?;
                 continue;
             }
-            let programs = self.programs(family)?;
             for table in Table::ALL {
+                let programs = self.programs(family)?;
                 let wanted = text::rules(table, &rules, &firewall.uplink);
-                let shown = Shown::parse(table, &programs.save(table)?);
-                programs.restore(&text::replacement(table, &wanted, &shown))?;
+                let before = Shown::parse(table, &programs.save(table)?);
+                programs.restore(&text::replacement(table, &wanted, &before))?;
                 let shown = Shown::parse(table, &programs.save(table)?);
                 if !shown.jumps_first() || shown.rules.len() != wanted.len() {
                     return Err(Error::Disturbed {
                         program: programs.save_name(),
                         chain: table.chain(),
                     });
+                }
+                if let Some(way) = table.way() {
+                    let lost = self.lost.of(way);
+                    lost.packets += before.dropped.packets.saturating_sub(shown.dropped.packets);
+                    lost.bytes += before.dropped.bytes.saturating_sub(shown.dropped.bytes);
                 }
                 written.insert((family, table), shown.rules);
             }
@@ -170,6 +181,7 @@ impl Iptables {
     /// Removes our chains and the jumps to them, in both families.
     pub fn remove(&mut self) -> Result<(), Error> {
         self.written = None;
+        self.lost = Counters::default();
         Family::ALL
             .into_iter()
             .try_for_each(|family| self.remove_family(family))
@@ -177,7 +189,7 @@ impl Iptables {
 
     /// What the guard has dropped, both families together; zeros where our chains are absent.
     pub fn counters(&mut self) -> Result<Counters, Error> {
-        let mut counters = Counters::default();
+        let mut counters = self.lost;
         for family in Family::ALL {
             let Ok(programs) = self.programs(family) else { continue };
             for way in Way::ALL {
@@ -203,6 +215,12 @@ impl Iptables {
             }
         }
         Ok(())
+    }
+
+    /// `-legacy`, `-nft` or nothing.
+    #[cfg(test)]
+    pub(crate) fn variant(&self) -> String {
+        self.programs[&Family::V4].variant()
     }
 
     fn programs(&mut self, family: Family) -> Result<&Programs, Error> {

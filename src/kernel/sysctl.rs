@@ -135,3 +135,82 @@ impl Sysctl {
         Path::new("/proc/sys").join(&self.path)
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use std::process::Command;
+
+    use super::*;
+    use crate::kernel::firewall::lab::Net;
+
+    #[test]
+    fn a_setting_that_is_right_needs_no_writing() {
+        let kept = Sysctl::new("kernel/ostype", "Linux");
+        assert!(
+            !kept
+                .write()
+                .expect("the kernel's name stands there, and nobody may write it")
+        );
+    }
+
+    #[test]
+    fn a_setting_that_the_kernel_lacks_is_named() {
+        let error = Sysctl::new("net/ipv4/ip_backward", "1")
+            .write()
+            .expect_err("no such setting");
+        assert!(matches!(error, Error::Absent { .. }));
+        assert!(
+            error
+                .to_string()
+                .starts_with("/proc/sys/net/ipv4/ip_backward is not in this kernel: "),
+            "{error}"
+        );
+    }
+
+    #[test]
+    #[ignore = "needs root and network namespaces"]
+    fn sysctl_writes_in_the_namespace_of_the_thread_and_says_whether_it_did() {
+        let (net, other) = (Net::new(), Net::new());
+        let forward = Sysctl::new("net/ipv4/ip_forward", "1");
+        assert_eq!(net.run(|| forward.read()).expect("read"), "0");
+        assert!(net.run(|| forward.write()).expect("written"));
+        assert!(!net.run(|| forward.write()).expect("right already"));
+        assert_eq!(net.run(|| forward.read()).expect("read"), "1");
+        assert_eq!(other.run(|| forward.read()).expect("read"), "0");
+    }
+
+    #[test]
+    #[ignore = "needs root and network namespaces"]
+    fn sysctl_names_the_value_that_a_setting_does_not_take() {
+        let net = Net::new();
+        let error = net
+            .run(|| Sysctl::new("net/ipv4/ip_forward", "yes").write())
+            .expect_err("no number");
+        let text = error.to_string();
+        assert!(matches!(error, Error::Refused { source: Some(_), .. }), "{error:?}");
+        assert!(
+            text.starts_with("/proc/sys/net/ipv4/ip_forward is \"0\" and does not take \"yes\""),
+            "{text}"
+        );
+    }
+
+    #[test]
+    #[ignore = "needs root and mount namespaces"]
+    fn sysctl_read_only_is_fine_where_the_value_is_right_and_else_says_what_to_do() {
+        let net = Net::new();
+        net.run(|| {
+            nix::sched::unshare(nix::sched::CloneFlags::CLONE_NEWNS).expect("a mount namespace");
+            for arguments in [
+                &["--make-rprivate", "/"][..],
+                &["--bind", "/proc/sys", "/proc/sys"],
+                &["-o", "remount,bind,ro", "/proc/sys"],
+            ] {
+                assert!(Command::new("mount").args(arguments).status().expect("mount").success());
+            }
+            assert!(!Sysctl::new("net/ipv4/ip_forward", "0").write().expect("right already"));
+            let error = Sysctl::new("net/ipv4/ip_forward", "1").write().expect_err("read-only");
+            assert!(matches!(error, Error::NotWritable { .. }), "{error:?}");
+            assert!(error.to_string().contains("sysctl -w net/ipv4/ip_forward=1"), "{error}");
+        });
+    }
+}

@@ -29,6 +29,11 @@ impl Table {
         }
     }
 
+    /// The way that this table guards.
+    pub(super) fn way(self) -> Option<Way> {
+        Way::ALL.into_iter().find(|way| Self::of(*way) == self)
+    }
+
     /// Its name.
     pub(super) fn name(self) -> &'static str {
         match self {
@@ -125,7 +130,7 @@ fn tally_and_rule(line: &str) -> (Tally, &str) {
             rule,
         ))
     });
-    parsed.unwrap_or((Tally::default(), line))
+    parsed.unwrap_or_else(|| (Tally::default(), line))
 }
 
 /// The rules of our chain in `table`, without `-A CHAIN`.
@@ -165,6 +170,14 @@ fn spelled(rule: &Rule, uplink: &str) -> String {
             format!("{from}{to}{COMMENT} -j {target}")
         }
     }
+}
+
+/// Input of `iptables-restore --noflush` that changes nothing and works only if the kernel can change `table`.
+pub(super) fn question(table: Table) -> String {
+    format!(
+        "*{}\n:RINGMAIL-QUESTION - [0:0]\n-X RINGMAIL-QUESTION\nCOMMIT\n",
+        table.name()
+    )
 }
 
 /// Input of `iptables-restore --noflush --counters` that makes our chain hold `rules` and puts one jump to it first.
