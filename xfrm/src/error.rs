@@ -56,7 +56,6 @@ impl std::error::Error for KernelError {}
 
 /// Why a netlink operation did not do what was asked.
 #[derive(Clone, Debug, Eq, PartialEq, thiserror::Error)]
-#[non_exhaustive]
 pub enum Error {
     /// No socket: the protocol is not in this kernel, or descriptors have run out.
     #[error("open a netlink socket ({protocol}): {step}")]

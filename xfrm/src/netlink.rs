@@ -298,9 +298,10 @@ impl Connection {
     ) -> Result<Option<Vec<T>>, Error> {
         let mut found = Vec::new();
         let mut whole = true;
+        let mut too_long = None;
         let mut outcome = None;
         while outcome.is_none() {
-            match self.receive(Wait::Timeout, |message| {
+            let received = self.receive(Wait::Timeout, |message| {
                 if message.sequence != sequence || outcome.is_some() {
                     return;
                 }
@@ -310,12 +311,18 @@ impl Connection {
                     message::NLMSG_ERROR => outcome = Some(message::acknowledgement(&message)),
                     _ => found.extend(parse(message)),
                 }
-            })? {
-                Received::Datagram => {}
-                Received::Nothing => return Err(Error::Timeout),
-                // The rest has to be read all the same: the kernel keeps one dump a socket.
-                Received::Lost => whole = false,
+            });
+            // Whatever was lost, the rest has to be read: the kernel keeps one dump a socket and refuses the next.
+            match received {
+                Ok(Received::Datagram) => {}
+                Ok(Received::Nothing) => return Err(Error::Timeout),
+                Ok(Received::Lost) => whole = false,
+                Err(error @ Error::Truncated { .. }) => too_long = Some(error),
+                Err(error) => return Err(error),
             }
+        }
+        if let Some(error) = too_long {
+            return Err(error);
         }
         match outcome {
             Some(Err(error)) if error.errno == libc::EINTR => Ok(None),
@@ -424,5 +431,101 @@ impl ReceiveBuffer {
 impl Drop for ReceiveBuffer {
     fn drop(&mut self) {
         self.0.zeroize();
+    }
+}
+
+#[cfg(test)]
+#[allow(clippy::unwrap_used, reason = "it is how a test fails")]
+mod tests {
+    use super::*;
+    use crate::KernelError;
+
+    const RTM_GETLINK: u16 = 18;
+    const IFLA_IFNAME: u16 = 3;
+
+    /// `struct ifinfomsg` that asks for the interface with this index; 0 asks for all.
+    fn link(writer: &mut Writer<'_>, index: u32) {
+        writer.zeros(4);
+        writer.u32(index);
+        writer.zeros(8);
+    }
+
+    fn name(message: MessageRef<'_>) -> Option<String> {
+        let (_, name) = message::attributes(message.payload.get(16..)?).find(|(kind, _)| *kind == IFLA_IFNAME)?;
+        Some(String::from_utf8_lossy(name).trim_end_matches('\0').to_owned())
+    }
+
+    #[test]
+    fn all_links_are_dumped_and_one_is_read() {
+        let mut route = Connection::open(Protocol::Route).unwrap();
+        assert!(
+            route.socket.get_cap_ack().unwrap(),
+            "a refusal would echo the request, key and all"
+        );
+        let all = route.dump(RTM_GETLINK, |writer| link(writer, 0), name).unwrap();
+        assert!(all.contains(&"lo".to_owned()), "{all:?}");
+        assert_eq!(
+            route.get(RTM_GETLINK, 0, |writer| link(writer, 1), name),
+            Ok(Some("lo".to_owned()))
+        );
+        let error = route
+            .get(RTM_GETLINK, 0, |writer| link(writer, 0x7fff_fff0), name)
+            .unwrap_err();
+        assert!(error.is_gone(), "{error}");
+        // A dump that the kernel refuses ends too, and the connection goes on.
+        let error = route.dump(RTM_GETLINK, |writer| link(writer, 1), name).unwrap_err();
+        assert!(
+            matches!(
+                error,
+                Error::Kernel(KernelError {
+                    errno: libc::EINVAL,
+                    ..
+                })
+            ),
+            "{error}"
+        );
+        assert_eq!(route.dump(RTM_GETLINK, |writer| link(writer, 0), name), Ok(all));
+    }
+
+    #[test]
+    fn a_lost_acknowledgement_makes_an_outcome_unknown_at_once_and_the_next_request_is_answered() {
+        let mut route = Connection::open(Protocol::Route).unwrap();
+        setsockopt(&route.socket, sockopt::RcvBuf, &1).unwrap();
+        let mut batch = Batch::new();
+        (0..40).for_each(|_| batch.push(RTM_GETLINK, 0, |writer| link(writer, 1)));
+        let start = std::time::Instant::now();
+        let results = route.execute(batch);
+        assert!(start.elapsed() < TIMEOUT);
+        assert_eq!(results.len(), 40);
+        let unknown = results.iter().filter(|result| **result == Err(Error::Unknown)).count();
+        assert!(
+            unknown > 0
+                && results
+                    .iter()
+                    .all(|result| matches!(result, Ok(()) | Err(Error::Unknown)))
+        );
+        setsockopt(&route.socket, sockopt::RcvBuf, &RECEIVE_QUEUE).unwrap();
+        assert_eq!(
+            route.get(RTM_GETLINK, 0, |writer| link(writer, 1), name),
+            Ok(Some("lo".to_owned()))
+        );
+    }
+
+    #[test]
+    fn each_request_of_several_sends_gets_its_own_result() {
+        let mut route = Connection::open(Protocol::Route).unwrap();
+        let mut batch = Batch::new();
+        let asked: Vec<u32> = (0..300)
+            .map(|index| if index % 7 == 3 { 0x7fff_0000 + index } else { 1 })
+            .collect();
+        asked
+            .iter()
+            .for_each(|index| batch.push(RTM_GETLINK, 0, |writer| link(writer, *index)));
+        let results = route.execute(batch);
+        assert_eq!(results.len(), 300);
+        for (index, result) in asked.iter().zip(results) {
+            assert_eq!(result.is_ok(), *index == 1, "{index}: {result:?}");
+        }
+        assert_eq!(route.execute(Batch::new()), []);
     }
 }

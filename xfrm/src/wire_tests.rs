@@ -322,6 +322,22 @@ fn a_dump_shows_the_policies_that_ip_added_and_names_what_is_foreign_about_the_o
 }
 
 #[test]
+fn a_policy_for_a_user_or_a_range_of_ports_is_foreign() {
+    let bytes = request(|batch| batch.set_policy(&probe()));
+    // Bytes of struct xfrm_selector: last of the destination port's mask, last of the source port's, a prefix length that
+    // IPv4 does not have, first of the user.
+    for (at, value) in [(35, 0xf0), (39, 0xf0), (42, 33), (52, 1)] {
+        let mut bytes = bytes.clone();
+        bytes[16 + at] = value;
+        let message = message::messages(&bytes).next().unwrap();
+        let Parsed::Other(foreign) = policy::parse(&message).unwrap() else {
+            panic!("byte {at} does not matter")
+        };
+        assert_eq!((foreign.direction, foreign.selector), (Some(Direction::Out), None));
+    }
+}
+
+#[test]
 fn notifications_say_what_ip_did() {
     let bytes = capture!("monitor");
     let events: Vec<_> = message::messages(&bytes)
