@@ -464,6 +464,7 @@ fn nft_tells_and_shows_a_change_by_hand_and_ours_is_none() {
         assert!(!manager.verify(&dual_stack()).expect("read"), "before the first apply");
         for change in NFT_BY_HAND {
             manager.apply(&dual_stack()).expect("applied");
+            assert_eq!(node.sh("nft list table inet ringmail"), include_str!("golden.nft"), "mended");
             assert!(manager.verify(&dual_stack()).expect("read"));
             assert!(
                 !manager

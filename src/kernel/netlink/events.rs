@@ -328,7 +328,7 @@ fn route_changed(route: &Route, message: &MessageRef<'_>, events: &mut Vec<Event
         }
         return;
     }
-    let (key, object) = route::object(route);
+    let (key, object) = route::object(route, route::link_name);
     if message.kind == libc::RTM_DELROUTE {
         events.push(Event::Gone(key));
         return;

@@ -2,6 +2,7 @@
 
 use std::collections::BTreeMap;
 
+use nix::libc;
 use xfrm::{Batch, ForeignPolicy, ForeignSa, Parsed, Policy, PolicyId, Sa, SaId, SaInfo, Xfrm};
 use zeroize::Zeroizing;
 
@@ -42,9 +43,7 @@ pub(super) fn dump(xfrm: &mut Xfrm, objects: &mut Objects) -> Result<(), WriteEr
 
 /// What our SAs have carried. `used` is the first use where the kernel tells no later one.
 pub(super) fn counters(xfrm: &mut Xfrm) -> Result<BTreeMap<SaId, Counters>, WriteError> {
-    let ours = sas(xfrm)?
-        .into_iter()
-        .filter(|info| reqid_slot(info.sa.reqid).is_some());
+    let ours = sas(xfrm)?.filter(|info| reqid_slot(info.sa.reqid).is_some());
     let count = |info: SaInfo| {
         let errors = [info.integrity_failed, info.replay, info.replay_window];
         let counters = Counters {
@@ -152,36 +151,77 @@ pub(super) fn random_key(length: usize) -> Option<Zeroizing<Vec<u8>>> {
     Some(key)
 }
 
-/// Says what stands where SAs were to be made. One of ours stays a refusal: only its maker knows its generation.
-fn look_at_taken(xfrm: &mut Xfrm, writes: &[Write], taken: &[usize], results: &mut [Result<(), WriteError>]) {
-    let Ok(found) = xfrm.dump_sas() else { return };
-    let there = |id: &SaId| {
-        found.iter().find_map(|parsed| match parsed {
-            Parsed::Known(SaInfo { sa, .. }) if sa.id() == *id => {
-                let ours = reqid_slot(sa.reqid).is_some();
-                (!ours).then(|| format!("SA src {} {id} reqid {}", sa.src, sa.reqid))
+/// What stands where an SA of ours was to be made.
+enum Taken {
+    /// One of ours. Only its maker knows its generation, so it stays a refusal.
+    Ours,
+    /// What the kernel put there for a template of ours that names this SPI, while some program listens for acquires. An
+    /// update gives it its first key.
+    Larval,
+    /// Someone else's, in words.
+    Foreign(String),
+}
+
+impl Taken {
+    fn of(parsed: &Parsed<SaInfo, ForeignSa>) -> Option<(SaId, Self)> {
+        match parsed {
+            Parsed::Known(SaInfo { sa, .. }) if reqid_slot(sa.reqid).is_some() => Some((sa.id(), Self::Ours)),
+            Parsed::Known(SaInfo { sa, .. }) => {
+                let found = format!("SA src {} {} reqid {}", sa.src, sa.id(), sa.reqid);
+                Some((sa.id(), Self::Foreign(found)))
             }
             Parsed::Other(ForeignSa {
-                dst: Some(dst),
+                dst,
                 spi,
-                protocol: 50,
+                protocol,
                 reqid,
                 reason,
-            }) if (*dst, *spi) == (id.dst, id.spi) => Some(format!("SA {id} reqid {reqid} ({reason})")),
-            Parsed::Known(_) | Parsed::Other(_) => None,
-        })
-    };
-    for &index in taken {
-        let op = &writes[index].op;
-        let Key::Sa(id) = op.key() else { continue };
-        if let Some(found) = there(id) {
-            let remedy = format!("ip xfrm state delete dst {} proto esp spi 0x{:08x}", id.dst, id.spi);
-            results[index] = Err(WriteError::Foreign {
-                op: op.to_string(),
-                found,
-                remedy,
-            });
+            }) => {
+                let id = SaId {
+                    dst: (*dst)?,
+                    spi: *spi,
+                };
+                let found = match reqid_slot(*reqid) {
+                    Some(_) => Self::Larval,
+                    None => Self::Foreign(format!("SA {id} reqid {reqid} ({reason})")),
+                };
+                (i32::from(*protocol) == libc::IPPROTO_ESP).then_some((id, found))
+            }
         }
+    }
+}
+
+/// Second try for SAs whose place is taken: fills in larval ones, names someone else's.
+fn look_at_taken(xfrm: &mut Xfrm, writes: &[Write], taken: &[usize], results: &mut [Result<(), WriteError>]) {
+    let Ok(found) = xfrm.dump_sas() else { return };
+    let found: BTreeMap<SaId, Taken> = found.iter().filter_map(Taken::of).collect();
+    let mut batch = Batch::new();
+    let mut again = Vec::new();
+    for &index in taken {
+        let Write { op, secret: Some(key) } = &writes[index] else {
+            continue;
+        };
+        let (Op::Make(Key::Sa(id), Object::Sa { sa, .. }) | Op::Change(Key::Sa(id), Object::Sa { sa, .. })) = op else {
+            continue;
+        };
+        match found.get(id) {
+            Some(Taken::Foreign(found)) => {
+                let remedy = format!("ip xfrm state delete dst {} proto esp spi 0x{:08x}", id.dst, id.spi);
+                results[index] = Err(WriteError::Foreign {
+                    op: op.to_string(),
+                    found: found.clone(),
+                    remedy,
+                });
+            }
+            Some(Taken::Larval) => {
+                batch.update_sa(sa, key.as_bytes());
+                again.push(index);
+            }
+            Some(Taken::Ours) | None => {}
+        }
+    }
+    for (index, result) in again.into_iter().zip(xfrm.execute(batch)) {
+        results[index] = result.map_err(|error| outcome(&writes[index].op, error));
     }
 }
 

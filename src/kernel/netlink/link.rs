@@ -218,7 +218,7 @@ fn remove(connection: &mut Connection, known: &RefCell<Known>, op: &Op, name: &s
                 ..Known::default()
             };
             gone_is_done(execute(connection, libc::RTM_DELLINK, |writer| {
-                link_header(writer, link.index, 0)
+                link_header(writer, link.index, 0);
             }))
             .map_err(|error| outcome(op, error))
         }
@@ -255,7 +255,7 @@ pub(super) fn apply_address(connection: &mut Connection, known: &RefCell<Known>,
     }
     let mut batch = Batch::new();
     batch.push(libc::RTM_NEWADDR, NLM_F_CREATE | NLM_F_EXCL, |writer| {
-        wanted.write(writer)
+        wanted.write(writer);
     });
     match connection.execute(batch).pop().unwrap_or(Err(xfrm::Error::Unknown)) {
         Ok(()) => {}

@@ -14,20 +14,23 @@ use crate::kernel::{Key, Object, Objects, Op, ROUTE_PROTOCOL, Refused, WriteErro
 
 /// Puts every route of ours into `objects`.
 pub(super) fn dump(connection: &mut Connection, objects: &mut Objects) -> Result<(), WriteError> {
+    let mut names = BTreeMap::new();
     for family in FAMILIES {
         for route in read(connection, family, ROUTE_PROTOCOL)?
             .iter()
             .filter(|route| route.is_ours())
         {
-            let (key, object) = object(route);
+            let (key, object) = object(route, |link| {
+                names.entry(link).or_insert_with(|| link_name(link)).clone()
+            });
             objects.insert(key, object);
         }
     }
     Ok(())
 }
 
-/// How a route of ours looks to the reconciler. One that lost its device or source shows so, and is changed back.
-pub(super) fn object(route: &Route) -> (Key, Object) {
+/// How a route of ours looks to the reconciler; `name` gives a device's name. One that lost its device or source shows so, and is changed back.
+pub(super) fn object(route: &Route, name: impl FnMut(u32) -> String) -> (Key, Object) {
     if route.kind != libc::RTN_UNICAST {
         return (Key::GuardRoute(route.net), Object::Unreachable);
     }
@@ -35,7 +38,7 @@ pub(super) fn object(route: &Route) -> (Key, Object) {
         IpNet::V4(_) => IpAddr::V4(Ipv4Addr::UNSPECIFIED),
         IpNet::V6(_) => IpAddr::V6(Ipv6Addr::UNSPECIFIED),
     };
-    let link = route.link.map(link_name).unwrap_or_default();
+    let link = route.link.map(name).unwrap_or_default();
     (
         Key::Route(route.net),
         Object::Route {

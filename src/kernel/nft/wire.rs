@@ -121,7 +121,7 @@ pub(super) fn question(table: &str, firewall: &Firewall) -> Batch {
     transaction(|batch| {
         contents(batch, table, firewall, Counters::default());
         message(batch, NEW_TABLE, NLM_F_CREATE | NLM_F_EXCL, |w| {
-            w.attribute_str(TABLE, table)
+            w.attribute_str(TABLE, table);
         });
     })
 }
@@ -201,7 +201,7 @@ fn contents(batch: &mut Batch, table: &str, firewall: &Firewall, mut counters: C
             w.attribute_str(TABLE, table);
             w.attribute_str(RULE_CHAIN, chain.name);
             w.nested(RULE_EXPRESSIONS, |w| {
-                expressions(&mut Expressions(w), &rule, &firewall.uplink)
+                expressions(&mut Expressions(w), &rule, &firewall.uplink);
             });
             if let Some(why) = reason(&rule) {
                 comment(w, RULE_USERDATA, why);

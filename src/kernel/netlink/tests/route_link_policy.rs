@@ -83,7 +83,7 @@ fn what_ip_shows() -> String {
         "address show up0",
         "xfrm policy",
     ];
-    let lines = shows.map(|arguments| ip(arguments));
+    let lines = shows.map(ip);
     lines
         .iter()
         .flat_map(|lines| lines.lines())
