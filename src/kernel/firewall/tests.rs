@@ -464,7 +464,11 @@ fn nft_tells_and_shows_a_change_by_hand_and_ours_is_none() {
         assert!(!manager.verify(&dual_stack()).expect("read"), "before the first apply");
         for change in NFT_BY_HAND {
             manager.apply(&dual_stack()).expect("applied");
-            assert_eq!(node.sh("nft list table inet ringmail"), include_str!("golden.nft"), "mended");
+            assert_eq!(
+                node.sh("nft list table inet ringmail"),
+                include_str!("golden.nft"),
+                "mended"
+            );
             assert!(manager.verify(&dual_stack()).expect("read"));
             assert!(
                 !manager
@@ -562,7 +566,7 @@ fn a_rewrite_under_traffic_loses_no_packet_and_lets_no_spoofed_one_in() {
             });
             let begun = std::time::Instant::now();
             let mut rewrites = 0;
-            while (rewrites < 6 || begun.elapsed() < Duration::from_secs(3)) && !flows.is_finished() {
+            while (rewrites < 3 || begun.elapsed() < Duration::from_secs(3)) && !flows.is_finished() {
                 manager
                     .apply(&Firewall {
                         random_fully: rewrites % 2 == 0,
