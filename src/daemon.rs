@@ -4,6 +4,7 @@
 //! socket. The loop ([`turn`]) holds the kernel. They share latest values ([`tokio::sync::watch`]) and nothing else.
 
 mod answer;
+mod sockets;
 mod sources;
 pub mod turn;
 

@@ -55,7 +55,7 @@ fn status(turn: &mut Turn) -> Report {
             "the new configuration is refused, the last good one is in force: {error}"
         ));
     }
-    for error in turn.encap_error.iter().chain(&turn.subnet_env_error) {
+    for error in turn.sockets.error().into_iter().chain(&turn.subnet_env_error) {
         problem(error.clone());
     }
     report

@@ -4,29 +4,27 @@
 //! It runs on a thread of its own, with the kernel's sockets; a turn is synchronous. Stopping it leaves the datapath as
 //! it is.
 
-use std::collections::BTreeSet;
-use std::net::{IpAddr, SocketAddr};
+use std::collections::{BTreeMap, BTreeSet};
 use std::path::PathBuf;
 use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
 
 use keys::{Epoch, Slot};
 use ring::rand::{SecureRandom, SystemRandom};
-use tokio::net::UdpSocket;
 use tokio::sync::{mpsc, watch};
-use tracing::{debug, error, info, warn};
+use tracing::{debug, error, info};
 
+use super::sockets::Sockets;
 use crate::admin::Command;
 use crate::config::SubnetEnv;
 use crate::config::subnet_env::Written;
 use crate::kernel::Scope;
-use crate::kernel::encap::Encap;
 use crate::kernel::netlink::{Events, Netlink};
 use crate::lease::{Lease, Revision, Roster, Subnets};
 use crate::node::{Cause, Datagram, Settings};
+use crate::psk;
 use crate::reconcile::{Reconciler, chain};
 use crate::store::Health;
 use crate::uplink::{Uplink, UplinkError};
-use crate::{probe, psk};
 
 /// What the node holds, as the store gave it.
 #[derive(Clone, Debug)]
@@ -75,10 +73,8 @@ pub struct Outputs {
 
 /// A full look at the kernel, whatever the notifications said.
 const RESYNC: Duration = Duration::from_secs(300);
-/// A socket that could not be opened is tried again after this.
-const REOPEN: Duration = Duration::from_secs(2);
-/// So many datagrams are read in one go before the loop looks elsewhere.
-const BURST: usize = 256;
+/// How often subnet.env is looked at: another hand may have changed it.
+const LOOK: Duration = Duration::from_secs(5);
 
 /// The loop's own state.
 pub(super) struct Turn {
@@ -90,10 +86,9 @@ pub(super) struct Turn {
     seen: Revision,
     previous: Option<Epoch>,
     published: Option<Epoch>,
-    probes: Vec<(IpAddr, UdpSocket)>,
-    encaps: Vec<Encap>,
-    pub(super) encap_error: Option<String>,
-    reopen: Option<Duration>,
+    pub(super) sockets: Sockets,
+    /// Whether what the sockets follow from may have changed.
+    reopen: bool,
     resync: Duration,
     /// Whether the kernel keeps a direction on an SA.
     directed: bool,
@@ -102,13 +97,17 @@ pub(super) struct Turn {
     filter: Duration,
     answers: Vec<Datagram>,
     pub(super) subnet_env_error: Option<String>,
+    /// What was last seen in subnet.env, and when.
+    env: Option<(SubnetEnv, Duration)>,
+    /// What is wrong with each source, as it was last logged.
+    troubles: BTreeMap<&'static str, String>,
 }
 
 enum Woken {
     Stop,
     Input,
     Kernel(Vec<crate::kernel::Event>),
-    Datagrams(usize),
+    Datagrams,
     Command(Command),
     Time,
 }
@@ -133,10 +132,10 @@ impl Turn {
             seen: Revision::default(),
             previous: None,
             published: None,
-            probes: Vec::new(),
-            encaps: Vec::new(),
-            encap_error: None,
-            reopen: None,
+            sockets: Sockets::default(),
+            reopen: true,
+            env: None,
+            troubles: BTreeMap::new(),
             resync: RESYNC,
             answers: Vec::new(),
             subnet_env_error: None,
@@ -161,7 +160,7 @@ impl Turn {
                         self.reconciler.notice(event);
                     }
                 }
-                Woken::Datagrams(socket) => self.read_probes(socket),
+                Woken::Datagrams => self.read_probes(),
                 Woken::Command(command) => super::answer::answer(&mut self, command),
                 Woken::Time => {}
             }
@@ -174,7 +173,7 @@ impl Turn {
         let due = [
             self.reconciler.node.deadline(now),
             self.reconciler.deadline(),
-            self.reopen,
+            self.sockets.reopen(),
             Some(self.resync),
             Some(self.filter),
         ];
@@ -195,7 +194,7 @@ impl Turn {
             biased;
             Ok(()) = stop.changed() => Woken::Stop,
             events = events.next() => Woken::Kernel(events),
-            socket = readable(&self.probes) => Woken::Datagrams(socket),
+            () = self.sockets.readable() => Woken::Datagrams,
             Some(command) = commands.recv() => Woken::Command(command),
             Ok(()) = roster.changed() => Woken::Input,
             Ok(()) = psks.changed() => Woken::Input,
@@ -215,14 +214,18 @@ impl Turn {
             directed: self.directed,
             ..settings
         });
-        match &*self.inputs.uplink.borrow_and_update() {
-            Ok(uplink) => node.uplinked(uplink.clone()),
-            Err(error) => warn!(error = chain(error), "no uplink now; the last one stays in use"),
-        }
+        self.reopen = true;
+        let trouble = match &*self.inputs.uplink.borrow_and_update() {
+            Ok(uplink) => {
+                node.uplinked(uplink.clone());
+                None
+            }
+            Err(error) => Some(chain(error)),
+        };
+        told(&mut self.troubles, "no uplink now; the last one stays in use", trouble);
         let held = self.inputs.psks.borrow_and_update().clone();
-        if let Some(error) = &held.error {
-            error!(error = chain(error), "the PSK can't be read; those in use stay");
-        }
+        let trouble = held.error.as_ref().map(|error| chain(error));
+        told(&mut self.troubles, "the PSK can't be read; those in use stay", trouble);
         if let Some(set) = held.set {
             node.keyed(set.psks.clone());
         }
@@ -276,10 +279,11 @@ impl Turn {
             self.reconciler.pass(self.now());
         }
         self.publish();
-        self.open_sockets();
-        for encap in &self.encaps {
-            // What is no ESP, such as a peer's NAT keepalive, comes up to the socket; nobody wants it.
-            encap.drain();
+        if self.reopen || self.sockets.reopen().is_some_and(|at| now >= at) {
+            self.reopen = false;
+            let bases = self.reconciler.node.subnets().unwrap_or_default().bases();
+            self.sockets
+                .open(bases, self.reconciler.node.encapsulates(), self.now());
         }
         let jitter = &mut || {
             let mut bytes = [0; 2];
@@ -290,8 +294,20 @@ impl Turn {
         datagrams.extend(self.reconciler.node.tick(self.now(), jitter));
         self.reconciler.pass(self.now());
         for datagram in datagrams {
-            self.send(&datagram);
+            // On another generation than it names, a probe would tell a lie.
+            if self.reconciler.carries(&datagram) {
+                self.sockets.send(&datagram);
+            } else {
+                debug!(to = %datagram.to, sent = %datagram.sent, "a probe waits for its policy");
+            }
         }
+    }
+
+    fn read_probes(&mut self) {
+        let now = self.now();
+        let (node, answers) = (&mut self.reconciler.node, &mut self.answers);
+        self.sockets
+            .read(|from, bytes| answers.extend(node.probed(from, bytes, now)));
     }
 
     fn publish(&mut self) {
@@ -304,6 +320,11 @@ impl Turn {
             self.previous = self.previous.max(epoch);
             self.outputs.lease.send_replace(Some(lease));
         }
+        self.write_subnet_env();
+    }
+
+    /// Keeps subnet.env as it should be, once the node's own objects stand.
+    fn write_subnet_env(&mut self) {
         let holding = self.inputs.holding.borrow().clone();
         let broken = self.reconciler.failures().any(|(scope, _)| *scope == Scope::Node);
         let (Some(holding), Some(mtu), false) = (holding, self.reconciler.node.mtu(), broken) else {
@@ -316,6 +337,15 @@ impl Turn {
             mtu,
             ip_masq: settings.masquerade,
         };
+        let now = self.now();
+        if self
+            .env
+            .as_ref()
+            .is_some_and(|(seen, at)| *seen == env && now < *at + LOOK)
+        {
+            return;
+        }
+        self.env = Some((env, now));
         match env.write(&self.outputs.subnet_file) {
             Ok(Written::Unchanged) => self.subnet_env_error = None,
             Ok(_) => {
@@ -336,87 +366,6 @@ impl Turn {
             .send_if_modified(|ready| !std::mem::replace(ready, true));
     }
 
-    /// Opens what is missing: the probe sockets on the base addresses, the UDP encapsulation sockets.
-    fn open_sockets(&mut self) {
-        let now = self.now();
-        if self.reopen.is_some_and(|at| now < at) {
-            return;
-        }
-        self.reopen = None;
-        let bases: Vec<IpAddr> = self
-            .inputs
-            .holding
-            .borrow()
-            .iter()
-            .flat_map(|h| h.subnets.bases().iter())
-            .collect();
-        self.probes.retain(|(base, _)| bases.contains(base));
-        for base in bases {
-            if self.probes.iter().any(|(open, _)| *open == base) {
-                continue;
-            }
-            match probe_socket(base) {
-                Ok(socket) => self.probes.push((base, socket)),
-                Err(error) => {
-                    debug!(%base, %error, "the probe socket can't be opened yet");
-                    self.reopen = Some(now + REOPEN);
-                }
-            }
-        }
-        let (locals, port) = self.reconciler.node.encapsulates().unwrap_or_default();
-        let wanted: Vec<SocketAddr> = locals.iter().map(|local| SocketAddr::new(local, port)).collect();
-        self.encaps.retain(|encap| wanted.contains(&encap.local()));
-        let before = self.encap_error.take();
-        for local in wanted {
-            if self.encaps.iter().any(|encap| encap.local() == local) {
-                continue;
-            }
-            match Encap::open(local).map_err(|error| chain(&error)) {
-                Ok(encap) => self.encaps.push(encap),
-                Err(text) => {
-                    if before.as_ref() != Some(&text) {
-                        error!(error = text, "ESP in UDP can't be received");
-                    }
-                    self.encap_error = Some(text);
-                    self.reopen = Some(now + REOPEN);
-                }
-            }
-        }
-    }
-
-    fn read_probes(&mut self, socket: usize) {
-        let now = self.now();
-        let mut bytes = [0; probe::LEN + 1];
-        for _ in 0..BURST {
-            match self.probes[socket].1.try_recv_from(&mut bytes) {
-                Ok((len, from)) => {
-                    self.answers
-                        .extend(self.reconciler.node.probed(from.ip(), &bytes[..len], now));
-                }
-                Err(error) if error.kind() == std::io::ErrorKind::WouldBlock => break,
-                // An ICMP answer to an earlier probe.
-                Err(error) => debug!(%error, "a probe came back"),
-            }
-        }
-    }
-
-    /// Sends a probe, if the kernel carries it on the generation that it names: on another it would tell a lie.
-    fn send(&self, datagram: &Datagram) {
-        if !self.reconciler.carries(datagram) {
-            debug!(to = %datagram.to, sent = %datagram.sent, "a probe waits for its policy");
-            return;
-        }
-        let socket = self
-            .probes
-            .iter()
-            .find(|(base, _)| base.is_ipv4() == datagram.to.is_ipv4());
-        if let Some((_, socket)) = socket
-            && let Err(error) = socket.try_send_to(&datagram.bytes, SocketAddr::new(datagram.to, probe::PORT))
-        {
-            debug!(to = %datagram.to, %error, "a probe was not sent");
-        }
-    }
-
     /// Asks for a new epoch at once.
     pub(super) fn rotate(&mut self) -> Option<Epoch> {
         self.reconciler.node.want(Cause::Asked);
@@ -425,26 +374,16 @@ impl Turn {
     }
 }
 
-fn probe_socket(base: IpAddr) -> std::io::Result<UdpSocket> {
-    let socket = std::net::UdpSocket::bind((base, probe::PORT))?;
-    socket.set_nonblocking(true)?;
-    UdpSocket::from_std(socket)
-}
-
-async fn readable(sockets: &[(IpAddr, UdpSocket)]) -> usize {
-    let each = sockets.iter().enumerate().map(|(i, (_, socket))| {
-        Box::pin(async move {
-            // An error shows again at the read.
-            let _ = socket.readable().await;
-            i
-        })
-    });
-    first(each.collect()).await
-}
-
-async fn first<F: Future<Output = usize> + Unpin>(each: Vec<F>) -> usize {
-    if each.is_empty() {
-        return std::future::pending().await;
+/// Logs a source's trouble when it changes, and not while it lasts.
+fn told(troubles: &mut BTreeMap<&'static str, String>, what: &'static str, trouble: Option<String>) {
+    match trouble {
+        Some(error) if troubles.get(what) != Some(&error) => {
+            error!(error, "{what}");
+            troubles.insert(what, error);
+        }
+        Some(_) => {}
+        None => {
+            troubles.remove(what);
+        }
     }
-    futures_util::future::select_all(each).await.0
 }

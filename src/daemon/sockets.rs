@@ -1,0 +1,135 @@
+//! The loop's UDP sockets: one a family for probes, on the base addresses, and those that let the kernel take ESP out
+//! of UDP. What can't be opened is tried again, and the reason is kept for `status`.
+
+use std::io::ErrorKind;
+use std::net::{IpAddr, SocketAddr};
+use std::time::Duration;
+
+use tokio::net::UdpSocket;
+use tracing::{debug, error};
+
+use crate::kernel::encap::Encap;
+use crate::lease::Addresses;
+use crate::node::Datagram;
+use crate::probe;
+use crate::reconcile::chain;
+
+/// A socket that could not be opened is tried again after this.
+const REOPEN: Duration = Duration::from_secs(2);
+/// So many datagrams are read in one go before the loop looks elsewhere.
+const BURST: usize = 256;
+
+/// Every UDP socket of the daemon.
+#[derive(Default)]
+pub(super) struct Sockets {
+    probes: Vec<(IpAddr, UdpSocket)>,
+    encaps: Vec<Encap>,
+    error: Option<String>,
+    reopen: Option<Duration>,
+}
+
+impl Sockets {
+    /// Opens what is missing and closes what is not wanted: a probe socket for each of `bases`, and one for ESP in UDP
+    /// for each of `encap`'s addresses at its port.
+    pub(super) fn open(&mut self, bases: Addresses, encap: Option<(Addresses, u16)>, now: Duration) {
+        self.reopen = None;
+        self.probes.retain(|(base, _)| bases.of_family(*base) == Some(*base));
+        for base in bases
+            .iter()
+            .filter(|base| !self.probes.iter().any(|(open, _)| open == base))
+            .collect::<Vec<_>>()
+        {
+            match probe_socket(base) {
+                Ok(socket) => self.probes.push((base, socket)),
+                // The base address comes with the first pass.
+                Err(error) => {
+                    debug!(%base, %error, "the probe socket can't be opened yet");
+                    self.reopen = Some(now + REOPEN);
+                }
+            }
+        }
+        let (locals, port) = encap.unwrap_or_default();
+        let wanted: Vec<SocketAddr> = locals.iter().map(|local| SocketAddr::new(local, port)).collect();
+        self.encaps.retain(|encap| wanted.contains(&encap.local()));
+        let before = self.error.take();
+        for local in wanted
+            .into_iter()
+            .filter(|local| !self.encaps.iter().any(|e| e.local() == *local))
+            .collect::<Vec<_>>()
+        {
+            match Encap::open(local) {
+                Ok(encap) => self.encaps.push(encap),
+                Err(wrong) => {
+                    let text = chain(&wrong);
+                    if before.as_ref() != Some(&text) {
+                        error!(error = text, "ESP in UDP can't be received");
+                    }
+                    self.error = Some(text);
+                    self.reopen = Some(now + REOPEN);
+                }
+            }
+        }
+    }
+
+    /// When [`Sockets::open`] should be tried again; `None` where all is open.
+    pub(super) fn reopen(&self) -> Option<Duration> {
+        self.reopen
+    }
+
+    /// Why ESP in UDP can't be received.
+    pub(super) fn error(&self) -> Option<&String> {
+        self.error.as_ref()
+    }
+
+    /// Waits until a probe has come.
+    pub(super) async fn readable(&self) {
+        let each: Vec<_> = self
+            .probes
+            .iter()
+            .map(|(_, socket)| Box::pin(socket.readable()))
+            .collect();
+        if each.is_empty() {
+            return std::future::pending().await;
+        }
+        // An error shows again at the read.
+        let _ = futures_util::future::select_all(each).await;
+    }
+
+    /// Reads what has come; `each` gets the source and the datagram.
+    pub(super) fn read(&self, mut each: impl FnMut(IpAddr, &[u8])) {
+        let mut bytes = [0; probe::LEN + 1];
+        for (_, socket) in &self.probes {
+            for _ in 0..BURST {
+                match socket.try_recv_from(&mut bytes) {
+                    Ok((len, from)) => each(from.ip(), &bytes[..len]),
+                    Err(error) if error.kind() == ErrorKind::WouldBlock => break,
+                    // An ICMP answer to an earlier probe.
+                    Err(error) => debug!(%error, "a probe came back"),
+                }
+            }
+        }
+        for encap in &self.encaps {
+            // What is no ESP, such as a peer's NAT keepalive, comes up to the socket; nobody wants it.
+            encap.drain();
+        }
+    }
+
+    /// Sends a probe.
+    pub(super) fn send(&self, datagram: &Datagram) {
+        let socket = self
+            .probes
+            .iter()
+            .find(|(base, _)| base.is_ipv4() == datagram.to.is_ipv4());
+        if let Some((_, socket)) = socket
+            && let Err(error) = socket.try_send_to(&datagram.bytes, SocketAddr::new(datagram.to, probe::PORT))
+        {
+            debug!(to = %datagram.to, %error, "a probe was not sent");
+        }
+    }
+}
+
+fn probe_socket(base: IpAddr) -> std::io::Result<UdpSocket> {
+    let socket = std::net::UdpSocket::bind((base, probe::PORT))?;
+    socket.set_nonblocking(true)?;
+    UdpSocket::from_std(socket)
+}
