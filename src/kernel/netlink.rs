@@ -14,6 +14,7 @@
 //! Order matters to the reader of both: open [`Netlink::events`] first, dump then; take what [`Events::ready`] gives
 //! before trusting a dump made after it. A [`Event::Gone`] may name what never was ours (a notification of a removal
 //! does not tell), and may be older than our last write: making again what is there is no error, except for an SA.
+//! Take a dump whole: of the mesh device and its addresses, events after it tell what differs from it.
 
 mod events;
 mod ipsec;

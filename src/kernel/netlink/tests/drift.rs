@@ -2,6 +2,8 @@
 
 use std::time::Duration;
 
+use nix::time::{ClockId, clock_gettime};
+
 use super::route_link_policy::foreigners;
 use super::*;
 use crate::kernel::diff;
@@ -227,14 +229,16 @@ fn going_down_and_away_are_told_with_all_that_goes_along() {
         ))));
         node.mend();
 
-        // A device that is down can still be removed, and is.
+        // Read before it is heard of.
         ip("link set ringmail0 down");
+        node.actual = node.netlink.dump().expect("dump");
         assert_eq!(
-            node.netlink.dump().expect("dump")[&Key::Link(LINK.into())],
+            node.actual[&Key::Link(LINK.into())],
             Object::Link { mtu: 1446, up: false }
         );
         node.hear();
         node.mend();
+        assert_same(&node.netlink.dump().expect("dump"), &node.desired);
 
         ip("link set ringmail0 down");
         ip("link set ringmail0 name other0");
@@ -261,6 +265,22 @@ fn going_down_and_away_are_told_with_all_that_goes_along() {
         }
         assert!(events.contains(&Event::AllGone(Kind::Route)));
         assert_eq!(events.last(), Some(&Event::Gone(Key::Link(LINK.into()))));
+    });
+}
+
+#[test]
+#[ignore = "needs root"]
+fn without_ipv6_a_device_that_goes_down_takes_its_routes_along_all_the_same() {
+    in_namespace(|| {
+        let mut desired = all();
+        desired.retain(|key, _| !key.to_string().contains("fd00"));
+        let mut node = Node::new(desired);
+        node.hear();
+        ip("link set ringmail0 down");
+        let link = Event::Observed(Key::Link(LINK.into()), Object::Link { mtu: 1446, up: false });
+        assert_eq!(node.hear(), [link, Event::AllGone(Kind::Route)]);
+        node.mend();
+        assert_same(&node.netlink.dump().expect("dump"), &node.desired);
     });
 }
 
@@ -306,6 +326,14 @@ fn waiting_ends_when_something_happens_and_not_before() {
                 let told = tokio::time::timeout(Duration::from_secs(5), events.next()).await;
                 assert_eq!(told.expect("in time"), [Event::Gone(Key::Route(net("10.244.7.0/24")))]);
             }
+            let before = clock_gettime(ClockId::CLOCK_THREAD_CPUTIME_ID).expect("the time");
+            let nothing = tokio::time::timeout(Duration::from_millis(400), events.next()).await;
+            assert!(nothing.is_err(), "{nothing:?}");
+            let spent = clock_gettime(ClockId::CLOCK_THREAD_CPUTIME_ID).expect("the time") - before;
+            assert!(
+                Duration::from(spent) < Duration::from_millis(100),
+                "it sleeps while it waits: {spent:?}"
+            );
         });
     });
 }
