@@ -64,14 +64,14 @@ async fn start(flags: &Flags) -> Result<(), StartError> {
         warn!("{warning}");
     }
     let ipsec = conf.backend.served().map_err(|e| wrong(e.into()))?.clone();
-    let psks = keys_of(&ipsec, &conf.network)?;
+    let (keys_in, psks) = sources::first_keys(&ipsec, &conf.network).map_err(wrong)?;
     let uplink = uplink::watch(flags.choice(conf.network), Families::of(&conf.network)).await;
     let chosen = uplink.borrow().clone().context("choose the uplink")?;
     let addresses: Vec<_> = chosen.local.iter().chain(chosen.public.iter()).collect();
     check_overlap(&conf.network, &addresses).map_err(|e| wrong(e.into()))?;
     info!(uplink = chosen.name, public = %chosen.public, mtu = chosen.mtu, "the uplink is chosen");
 
-    let settings = settings(flags, &conf, &ipsec);
+    let settings = settings(flags, &conf, &ipsec, sources::takes_advertisements(&chosen.name));
     let (settings_in, settings) = watch::channel(settings);
     let (misconfigured_in, misconfigured) = watch::channel(None);
     let (holding_in, holding) = watch::channel(None);
@@ -130,7 +130,9 @@ async fn start(flags: &Flags) -> Result<(), StartError> {
     tokio::spawn(sources::follow_conf(
         flags.clone(),
         store,
+        ipsec,
         settings_in,
+        keys_in,
         misconfigured_in,
     ));
     tokio::spawn(async move {
@@ -202,8 +204,9 @@ fn turn_thread(
     });
 }
 
-fn keys_of(ipsec: &Ipsec, network: &Network) -> Result<watch::Receiver<psk::Held>, StartError> {
-    let receiver = match &ipsec.psk {
+/// Reads the keys where `ipsec` says they are, and follows them.
+fn keys_of(ipsec: &Ipsec, network: &Network) -> watch::Receiver<psk::Held> {
+    match &ipsec.psk {
         PskSource::File(path) => psk::watch(path.clone(), network.to_string(), REREAD),
         PskSource::Inline(psk) => {
             let set = psk::PskSet::of(psk.clone());
@@ -213,21 +216,11 @@ fn keys_of(ipsec: &Ipsec, network: &Network) -> Result<watch::Receiver<psk::Held
             })
             .1
         }
-    };
-    let held = receiver.borrow().clone();
-    if let (None, Some(error)) = (&held.set, held.error) {
-        return Err(StartError::Configuration(
-            anyhow::Error::new(error).context("read the PSK"),
-        ));
     }
-    for warning in held.set.iter().flat_map(|set| &set.warnings) {
-        warn!("{warning}");
-    }
-    Ok(receiver)
 }
 
 /// What the node decides by, from flags and net-conf.json.
-fn settings(flags: &Flags, conf: &NetConf, ipsec: &Ipsec) -> Settings {
+fn settings(flags: &Flags, conf: &NetConf, ipsec: &Ipsec, advertisements: bool) -> Settings {
     Settings {
         name: flags.node_name.clone(),
         network: conf.network,
@@ -237,6 +230,7 @@ fn settings(flags: &Flags, conf: &NetConf, ipsec: &Ipsec) -> Settings {
         mtu: ipsec.mtu.map(u32::from),
         masquerade: flags.ip_masq,
         random_fully: !flags.ip_masq_fully_random_disable,
+        advertisements,
         // What the kernel knows is found by the loop.
         directed: false,
     }

@@ -47,6 +47,8 @@ pub struct Settings {
     pub masquerade: bool,
     /// Whether masquerading picks random ports.
     pub random_fully: bool,
+    /// Whether the uplink takes IPv6 router advertisements, and so must go on to when forwarding is on.
+    pub advertisements: bool,
     /// Whether the kernel keeps a direction on an SA.
     pub directed: bool,
 }

@@ -43,6 +43,8 @@ pub struct NodeFacts {
     pub masquerade: bool,
     /// Whether masquerading picks random ports.
     pub random_fully: bool,
+    /// Whether the uplink takes router advertisements.
+    pub advertisements: bool,
 }
 
 /// What the node needs, whoever its peers are.
@@ -56,6 +58,12 @@ pub fn node(facts: &NodeFacts) -> Objects {
             Key::Sysctl("net/ipv6/conf/all/forwarding".into()),
             Object::Sysctl("1".into()),
         );
+        if let (Some((uplink, _)), true) = (&facts.uplink, facts.advertisements) {
+            objects.insert(
+                Key::Sysctl(format!("net/ipv6/conf/{uplink}/accept_ra")),
+                Object::Sysctl("2".into()),
+            );
+        }
     }
     for net in facts.network.nets() {
         objects.insert(Key::GuardRoute(net), Object::Unreachable);

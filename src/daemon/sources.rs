@@ -12,10 +12,11 @@ use tracing::{error, info, warn};
 use zeroize::Zeroizing;
 
 use super::turn::Holding;
-use super::{settings, unchangeable};
+use super::{keys_of, settings, unchangeable};
 use crate::admin::Remembered;
 use crate::admission::{self, Refusal};
-use crate::config::{Context, Flags, NetConf, subnet_env};
+use crate::config::{Context, Flags, Ipsec, NetConf, PskSource, subnet_env};
+use crate::kernel::sysctl::Sysctl;
 use crate::lease::{Lease, Network, NodeName};
 use crate::node::Settings;
 use crate::psk;
@@ -59,28 +60,64 @@ pub(super) async fn net_conf(flags: &Flags, store: &Store) -> Result<NetConf> {
     }
 }
 
-/// Follows the configuration: what may change does, what may not is refused with the reason, and the last good one
-/// stays in force.
+/// The keys of the start: there must be some. What follows goes into the sender.
+pub(super) fn first_keys(
+    ipsec: &Ipsec,
+    network: &Network,
+) -> Result<(watch::Sender<psk::Held>, watch::Receiver<psk::Held>)> {
+    let held = keys_of(ipsec, network).borrow().clone();
+    if let (None, Some(error)) = (&held.set, &held.error) {
+        return Err(anyhow::Error::new(error.clone()).context("read the PSK"));
+    }
+    for warning in held.set.iter().flat_map(|set| &set.warnings) {
+        warn!("{warning}");
+    }
+    Ok(watch::channel(held))
+}
+
+/// Whether `link` takes router advertisements now: when IPv6 forwarding goes on, the kernel stops taking them unless
+/// told otherwise, and the default route that came by one would run out.
+pub(super) fn takes_advertisements(link: &str) -> bool {
+    let path = format!("net/ipv6/conf/{link}/accept_ra");
+    matches!(Sysctl::new(path, "2").read().as_deref(), Ok("1" | "2"))
+}
+
+/// Follows the configuration and the keys: what may change does, what may not is refused with the reason, and the last
+/// good one stays in force.
 pub(super) async fn follow_conf(
     flags: Flags,
     store: Store,
+    mut ipsec: Ipsec,
     current: watch::Sender<Settings>,
+    keys: watch::Sender<psk::Held>,
     misconfigured: watch::Sender<Option<String>>,
 ) {
     let mut changes = store.config_changes();
+    let network = current.borrow().network;
+    let mut source = keys_of(&ipsec, &network);
     loop {
         tokio::select! {
             changed = changes.changed() => if changed.is_err() { return },
+            Ok(()) = source.changed() => {
+                keys.send_replace(source.borrow_and_update().clone());
+                continue;
+            }
             () = sleep(LOOK) => {}
         }
         let read = net_conf(&flags, &store).await.and_then(|conf| {
-            let ipsec = conf.backend.served()?;
-            let wanted = settings(&flags, &conf, ipsec);
+            let ipsec = conf.backend.served()?.clone();
+            let advertisements = current.borrow().advertisements;
+            let wanted = settings(&flags, &conf, &ipsec, advertisements);
             unchangeable(&current.borrow(), &wanted)?;
-            Ok(wanted)
+            Ok((wanted, ipsec))
         });
         let error = match read {
-            Ok(wanted) => {
+            Ok((wanted, newer)) => {
+                if !same_source(&newer.psk, &ipsec.psk) {
+                    source = keys_of(&newer, &network);
+                    keys.send_replace(source.borrow_and_update().clone());
+                }
+                ipsec = newer;
                 let changed = current.send_if_modified(|now| {
                     let differs = *now != wanted;
                     *now = wanted;
@@ -104,6 +141,14 @@ pub(super) async fn follow_conf(
             *before = error;
             differs
         });
+    }
+}
+
+fn same_source(a: &PskSource, b: &PskSource) -> bool {
+    match (a, b) {
+        (PskSource::File(a), PskSource::File(b)) => a == b,
+        (PskSource::Inline(a), PskSource::Inline(b)) => a.kid() == b.kid(),
+        (PskSource::File(_), PskSource::Inline(_)) | (PskSource::Inline(_), PskSource::File(_)) => false,
     }
 }
 

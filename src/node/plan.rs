@@ -52,6 +52,7 @@ impl Node {
                 mtu: self.mtu().unwrap_or(1280),
                 masquerade: self.settings.masquerade,
                 random_fully: self.settings.random_fully,
+                advertisements: self.settings.advertisements,
             }),
             Scope::Peer(name) => self
                 .peer_facts(name)
