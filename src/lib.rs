@@ -14,4 +14,6 @@ pub mod probe;
 pub mod psk;
 pub mod reconcile;
 pub mod store;
+#[cfg(test)]
+mod testing;
 pub mod uplink;
