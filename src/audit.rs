@@ -8,7 +8,7 @@
 mod explain;
 mod plaintext;
 #[cfg(test)]
-mod tests;
+pub(crate) mod tests;
 
 use std::collections::BTreeMap;
 
@@ -69,9 +69,11 @@ impl Directory {
 
     /// The name of the node in `slot`, or what can be said without one.
     fn name(&self, slot: Slot) -> String {
-        self.nodes
-            .get(&slot)
-            .map_or_else(|| format!("slot {slot}, no lease"), ToString::to_string)
+        match self.nodes.get(&slot) {
+            Some(name) => name.to_string(),
+            None if self.node.is_none() => format!("slot {slot}"),
+            None => format!("slot {slot}, no lease"),
+        }
     }
 
     fn own_name(&self) -> String {

@@ -134,9 +134,13 @@ impl Invocation {
             Ok(Cli { verb }) => Ok(Self::Verb(verb)),
             Err(error) => match error.kind() {
                 ErrorKind::DisplayHelp | ErrorKind::DisplayVersion => Ok(Self::Text(error.to_string())),
-                ErrorKind::DisplayHelpOnMissingArgumentOrSubcommand => Err(Failure::usage(anyhow::Error::msg(
-                    error.to_string().trim_end().to_owned(),
-                ))),
+                ErrorKind::DisplayHelpOnMissingArgumentOrSubcommand => {
+                    let help = error.to_string();
+                    Err(Failure::usage(anyhow::anyhow!(
+                        "no verb is given\n\n{}",
+                        help.trim_end()
+                    )))
+                }
                 _ => {
                     let text = error.to_string();
                     let text = text.strip_prefix("error: ").unwrap_or(&text).trim_end().to_owned();

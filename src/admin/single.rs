@@ -97,26 +97,6 @@ impl Single {
             path,
         })
     }
-
-    /// The daemon that serves this network namespace or has `run_dir`, if there is one. For a verb that must not run
-    /// beside it; unlike [`Single::claim`] it leaves nothing behind.
-    pub fn other(run_dir: &Path) -> Option<Other> {
-        if let Err(SingleError::Taken { other }) = claim_name() {
-            return Some(other);
-        }
-        let file = OpenOptions::new()
-            .read(true)
-            .write(true)
-            .open(run_dir.join(PID_FILE))
-            .ok()?;
-        match Flock::lock(file, FlockArg::LockExclusiveNonblock) {
-            Err((mut file, Errno::EWOULDBLOCK)) => Some(Other {
-                pid: written_pid(&mut file),
-                run_dir: Some(run_dir.into()),
-            }),
-            _ => None,
-        }
-    }
 }
 
 impl Drop for Single {

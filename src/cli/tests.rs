@@ -1,1 +1,680 @@
+//! What the verbs show, as golden files in tests/golden/cli (RINGMAIL_REWRITE_GOLDEN=1 rewrites them), how command
+//! lines are understood, and cleanup against this machine's kernel.
 
+use std::ffi::OsString;
+use std::os::unix::fs::PermissionsExt as _;
+use std::path::Path;
+use std::process::Command;
+
+use serde_json::json;
+
+use super::table::{Style, bytes, clean, span, wrap};
+use super::*;
+use crate::admin::{Leases, Rotation};
+use crate::audit;
+use crate::config::UsageError;
+use crate::kernel::netlink::{Netlink, Options};
+use crate::kernel::{Datapath as _, Key, Kind, Object, Objects, Op, Refused, Write, WriteError};
+use crate::node::report::Report;
+use crate::testing::Folder;
+
+const PLAIN: Style = Style { colour: false };
+
+/// Compares `text` with the golden file `name`, or rewrites that.
+fn golden(name: &str, text: &str) {
+    let path = Path::new(env!("CARGO_MANIFEST_DIR"))
+        .join("tests/golden/cli")
+        .join(name);
+    if std::env::var_os("RINGMAIL_REWRITE_GOLDEN").is_some() {
+        std::fs::write(&path, text).unwrap();
+    }
+    let wanted = std::fs::read_to_string(&path).unwrap_or_default();
+    assert!(text == wanted, "{} differs; it would be:\n{text}", path.display());
+}
+
+fn report() -> Report {
+    let peer = |name: &str, number: u8, state: &str, more: serde_json::Value| {
+        let mut peer = json!({
+            "node": name, "subnets": [format!("10.244.{number}.0/24")], "address": format!("192.0.2.{number}"),
+            "state": state, "reason": null, "generation": null, "newest": null, "spi_out": null, "spi_in": null,
+            "encap": null, "heard": null, "round_trip": null, "bytes_out": 0, "bytes_in": 0, "packets_out": 0,
+            "packets_in": 0, "errors": 0
+        });
+        peer.as_object_mut().unwrap().extend(more.as_object().unwrap().clone());
+        peer
+    };
+    let sending = json!({
+        "generation": "1764000001>1764000002", "spi_out": "0x00002041", "spi_in": "0x00003081", "encap": "esp",
+        "heard": 4.25, "round_trip": 0.41, "bytes_out": 1_234_567, "bytes_in": 98_765_432_109u64,
+        "packets_out": 1200, "packets_in": 70_000_000
+    });
+    let mut moving = sending.clone();
+    moving["newest"] = "1764003601>1764000003".into();
+    moving["encap"] = "udp".into();
+    moving["errors"] = 3.into();
+    moving["subnets"] = json!(["10.244.4.0/24", "fd00:244:0:4::/64"]);
+    let value = json!({
+        "node": "node-a", "network": ["10.244.0.0/16"], "subnets": ["10.244.1.0/24"], "public": ["192.0.2.1"],
+        "uplink": "eth0", "mtu": 1446, "cipher": "aes128gcm16", "encap": "false", "epoch": 1_764_000_001u64,
+        "epoch_age": 11_520, "kids": ["0011223344556677", "8899aabbccddeeff"], "complete": true, "problems": [],
+        "rejected": {}, "peers": [
+            peer("node-b", 2, "up", sending),
+            peer("node-d", 4, "moving", moving),
+            peer("node-e", 5, "kept", json!({
+                "reason": "keys of an earlier process, until a probe comes back", "spi_out": "0x00002042",
+                "newest": "1764000001>1764000002", "encap": "esp"})),
+            peer("node-f", 6, "waiting", json!({
+                "reason": "no probe came back yet: is its daemon running, does it see this node's lease, does ESP (or \
+                           UDP) pass?", "newest": "1764000001>1764000002", "encap": "esp"})),
+            peer("node-g", 7, "refused", json!({
+                "reason": "no common PSK: it has 0000000000000000, this node has 0011223344556677; give both nodes the \
+                           same key"})),
+        ]
+    });
+    serde_json::from_value(value).unwrap()
+}
+
+#[test]
+fn status_shows_each_state_with_its_reason() {
+    golden("status.txt", &status::render(&report(), PLAIN));
+    assert!(!status::well(&report()));
+}
+
+#[test]
+fn status_shows_what_is_wrong_with_the_node() {
+    let mut report = report();
+    report.peers.clear();
+    report.complete = false;
+    report.subnets.clear();
+    (report.uplink, report.mtu, report.epoch, report.epoch_age) = (None, None, None, None);
+    report.kids.clear();
+    report.public.clear();
+    report.problems = vec![
+        "no uplink yet: no interface fits; see --iface".into(),
+        "no lease yet".into(),
+    ];
+    let evil = "10.244.9.0-24.json\u{1b}[2J".to_owned();
+    report
+        .rejected
+        .insert(evil, "line 1 column 3: no JSON\nfaked line".into());
+    let text = status::render(&report, PLAIN);
+    golden("status-problems.txt", &text);
+    assert!(
+        !text.contains('\u{1b}') && !text.contains("\nfaked"),
+        "a store can't drive the terminal"
+    );
+}
+
+#[test]
+fn status_is_well_only_where_nothing_is_to_be_told() {
+    let mut good = report();
+    good.peers.truncate(2);
+    assert!(status::well(&good));
+    let broken: [&dyn Fn(&mut Report); 5] = [
+        &|r| r.complete = false,
+        &|r| r.problems.push("no PSK".into()),
+        &|r| drop(r.rejected.insert("x".into(), "y".into())),
+        &|r| r.peers[0].reason = Some("the newest lease is refused".into()),
+        &|r| r.peers[0].state = crate::node::report::State::Kept,
+    ];
+    for change in broken {
+        let mut report = good.clone();
+        change(&mut report);
+        assert!(!status::well(&report), "{report:?}");
+    }
+}
+
+#[test]
+fn no_line_of_a_table_is_wider_than_a_terminal() {
+    let text = status::render(&report(), PLAIN);
+    let alone = super::audit::render(&audit::unplanned(&audit::tests::desired()), Some("no daemon"), PLAIN);
+    for line in text.lines().chain(alone.lines()) {
+        assert!(line.chars().count() <= 80, "{line}");
+    }
+}
+
+#[test]
+fn colours_change_nothing_but_colours() {
+    let painted = status::render(&report(), Style { colour: true });
+    let mut plain = String::new();
+    let mut rest = painted.as_str();
+    while let Some((before, after)) = rest.split_once('\u{1b}') {
+        plain += before;
+        rest = after.split_once('m').expect("a colour ends").1;
+    }
+    assert_eq!(plain + rest, status::render(&report(), PLAIN));
+    assert!(painted.contains("\u{1b}[32mup\u{1b}[0m"));
+}
+
+#[test]
+fn audit_shows_order_and_disorder() {
+    use audit::tests::{desired, directory, dumped};
+    let desired = desired();
+    let actual = dumped(&desired);
+    golden(
+        "audit.txt",
+        &super::audit::render(&audit::audit(&desired, &actual, &directory()), None, PLAIN),
+    );
+
+    let mut broken = actual.clone();
+    broken.retain(|key, _| !matches!(key, Key::GuardRoute(net) if net.addr().is_ipv4()));
+    broken.retain(|key, _| key.kind() != Kind::Link);
+    let key = broken.keys().find(|key| key.kind() == Kind::Policy).cloned().unwrap();
+    let Some(Object::Policy(policy)) = broken.get_mut(&key) else {
+        panic!("a policy")
+    };
+    policy.priority = 5;
+    let route = Key::Route("10.244.77.0/24".parse().unwrap());
+    broken.insert(route, Object::Unreachable);
+    golden(
+        "audit-broken.txt",
+        &super::audit::render(&audit::audit(&desired, &broken, &directory()), None, PLAIN),
+    );
+
+    let alone = Some("no daemon answers at /run/ringmail/control.sock: is ringmail running?");
+    golden(
+        "audit-alone.txt",
+        &super::audit::render(&audit::unplanned(&actual), alone, PLAIN),
+    );
+    golden(
+        "audit-nothing.txt",
+        &super::audit::render(&audit::unplanned(&Objects::new()), alone, PLAIN),
+    );
+}
+
+#[test]
+fn leases_shows_every_verdict() {
+    let lease = |node: &str, verdict: &str, reason: Option<&str>| {
+        json!({"node": node, "subnets": ["10.244.1.0/24"], "public": ["192.0.2.1"], "backend": "ipsec",
+               "epoch": 1_764_000_000u64, "verdict": verdict, "reason": reason})
+    };
+    let mut dual = lease("node-c", "unchecked", None);
+    dual["subnets"] = json!(["10.244.3.0/24", "fd00:244:0:3::/64"]);
+    dual["public"] = json!(["192.0.2.3", "2001:db8::3"]);
+    let mut bare = lease("node-e", "unchecked", None);
+    (bare["backend"], bare["epoch"]) = ("".into(), serde_json::Value::Null);
+    let leases: Leases = serde_json::from_value(json!({
+        "own": "node-a", "complete": false,
+        "leases": [lease("node-a", "own", None), lease("node-b", "verified", None), dual,
+                   lease("node-d", "refused", Some("the tag of PSK 0011223344556677 does not verify: the lease was \
+                                                    changed by someone without the key")), bare],
+        "rejected": {"notes.txt": "not a lease's file name"}
+    }))
+    .unwrap();
+    golden("leases.txt", &leases::render(&leases, PLAIN));
+    golden(
+        "leases-none.txt",
+        &leases::render(
+            &Leases {
+                complete: true,
+                ..Leases::default()
+            },
+            PLAIN,
+        ),
+    );
+}
+
+#[test]
+fn rotate_waits_for_those_that_were_served_and_names_who_has_not_moved() {
+    let rotation = Rotation {
+        epoch: 1_764_000_002,
+        previous: Some(1_764_000_001),
+    };
+    let served = ["node-b", "node-d", "gone"].map(str::to_owned).into();
+    let mut report = report();
+    let none = rotate::judge(&rotation, &served, &report);
+    golden("rotate-waiting.txt", &rotate::render(&none));
+    report.peers[0].generation = Some("1764000002>1764000002".into());
+    // A later rotation took it further.
+    report.peers[1].generation = Some("1764000009>1764000002".into());
+    golden(
+        "rotate.txt",
+        &rotate::render(&rotate::judge(&rotation, &served, &report)),
+    );
+    golden(
+        "rotate-alone.txt",
+        &rotate::render(&rotate::judge(&rotation, &Default::default(), &report)),
+    );
+}
+
+#[test]
+fn numbers_read_well() {
+    let spans = [
+        (0.0, "0.0 s"),
+        (0.99, "0.9 s"),
+        (1.0, "1 s"),
+        (119.9, "119 s"),
+        (120.0, "2 min"),
+        (7199.0, "119 min"),
+        (7200.0, "2 h"),
+        (172_799.0, "47 h"),
+        (172_800.0, "2 d"),
+    ];
+    for (seconds, text) in spans {
+        assert_eq!(span(std::time::Duration::from_secs_f64(seconds)), text);
+    }
+    let amounts = [
+        (0, "0 B"),
+        (1023, "1023 B"),
+        (1024, "1.0 KiB"),
+        (1_048_575, "1.0 MiB"),
+        (u64::MAX, "16.0 EiB"),
+    ];
+    for (amount, text) in amounts {
+        assert_eq!(bytes(amount), text);
+    }
+    assert_eq!(clean("a\u{1b}[1m\nb\u{9b}", false), "a\u{fffd}[1m\u{fffd}b\u{fffd}");
+    assert_eq!(wrap(&"word ".repeat(17), 4).lines().map(str::len).max(), Some(78));
+}
+
+fn parse(arguments: &[&str]) -> Result<Invocation, Failure> {
+    let environment = Environment {
+        variables: vec![],
+        hostname: Some("host".into()),
+    };
+    Invocation::parse(arguments.iter().map(OsString::from), &environment)
+}
+
+#[test]
+fn flags_without_a_verb_mean_the_daemon() {
+    for arguments in [
+        &["ringmail", "run", "--lease-dir", "/l", "-v", "3"][..],
+        &["ringmail", "--lease-dir=/l"],
+        &["ringmail", "-lease-dir", "/l", "-ip-masq"],
+        &["/opt/bin/flanneld", "--ip-masq", "--lease-dir", "/l"],
+    ] {
+        let Ok(Invocation::Run(flags)) = parse(arguments) else {
+            panic!("{arguments:?}")
+        };
+        assert_eq!(flags.lease_dir.as_deref(), Some(Path::new("/l")));
+    }
+    for arguments in [
+        &["flanneld", "--version"][..],
+        &["ringmail", "-version"],
+        &["ringmail", "run", "--version"],
+    ] {
+        assert!(matches!(parse(arguments), Ok(Invocation::Version)), "{arguments:?}");
+    }
+    for arguments in [
+        &["ringmail", "--version"][..],
+        &["ringmail", "-h"],
+        &["ringmail", "status", "--help"],
+        &["ringmail", "run", "-h"],
+        &["flanneld", "--help"],
+    ] {
+        assert!(matches!(parse(arguments), Ok(Invocation::Text(_))), "{arguments:?}");
+    }
+    assert!(matches!(
+        parse(&["flanneld", "status"]),
+        Ok(Invocation::Verb(Verb::Status(_)))
+    ));
+}
+
+#[test]
+fn a_wrong_command_line_is_64_and_says_what_is_wrong() {
+    for (arguments, text) in [
+        (&["ringmail"][..], "no verb is given"),
+        (&["ringmail", "config"], "no verb is given"),
+        (&["ringmail", "statsu"], "unrecognized subcommand 'statsu'"),
+        (&["ringmail", "status", "--jason"], "unexpected argument '--jason'"),
+        (
+            &["ringmail", "run", "--ifaec", "eth0"],
+            "flag --ifaec is unknown; did you mean --iface?",
+        ),
+        (
+            &["ringmail", "--kube-subnet-mgr"],
+            "--kube-subnet-mgr: kube store: not in this version",
+        ),
+        (&["flanneld"], "no store: use --lease-dir DIR"),
+    ] {
+        let failure = parse(arguments).expect_err("wrong");
+        assert_eq!(failure.code, 64, "{arguments:?}");
+        assert!(failure.to_string().starts_with(text), "{arguments:?}: {failure}");
+    }
+    assert_eq!(UsageError::EXIT_CODE, 64);
+}
+
+#[test]
+fn every_verb_explains_itself_with_its_exit_codes() {
+    use clap::CommandFactory as _;
+    Cli::command().debug_assert();
+    for verb in ["status", "audit", "leases", "rotate", "cleanup"] {
+        let Ok(Invocation::Text(text)) = parse(&["ringmail", verb, "--help"]) else {
+            panic!("{verb}")
+        };
+        for part in ["Exit code", "--json", "--run-dir"] {
+            assert!(text.contains(part), "{verb}: {part} in {text}");
+        }
+    }
+}
+
+fn execute(arguments: &[&str]) -> Result<Shown, Failure> {
+    match parse(arguments)? {
+        Invocation::Verb(verb) => verb.execute(),
+        other => panic!("{other:?}"),
+    }
+}
+
+#[test]
+fn keygen_writes_a_key_that_only_its_owner_reads_and_never_over_another() {
+    let folder = Folder::new();
+    let path = folder.join("psk");
+    let shown = execute(&["ringmail", "keygen", "--out", path.to_str().unwrap()]).unwrap();
+    let key = std::fs::read_to_string(&path).unwrap();
+    assert_eq!((key.len(), &key[64..]), (65, "\n"));
+    assert!(key[..64].bytes().all(|b| b.is_ascii_hexdigit()));
+    assert!(!shown.text.contains(&key[..8]), "the key is not shown as well");
+    assert_eq!(std::fs::metadata(&path).unwrap().permissions().mode() & 0o7777, 0o600);
+    let refused = execute(&["ringmail", "keygen", "--out", path.to_str().unwrap()]).unwrap_err();
+    assert!(
+        refused.to_string().contains("exists and may be a key in use"),
+        "{refused}"
+    );
+    assert_eq!(std::fs::read_to_string(&path).unwrap(), key);
+    let shown = execute(&["ringmail", "keygen"]).unwrap();
+    assert!(shown.text.len() == 65 && *shown.text != key);
+}
+
+#[test]
+fn config_check_says_what_it_comes_to_or_what_is_wrong() {
+    let folder = Folder::new();
+    let (conf, psk) = (folder.join("net-conf.json"), folder.join("psk"));
+    let (conf, psk) = (conf.to_str().unwrap(), psk.to_str().unwrap());
+    std::fs::write(psk, "0123456789abcdef0123456789abcdef\n").unwrap();
+    std::fs::set_permissions(psk, std::fs::Permissions::from_mode(0o600)).unwrap();
+    std::fs::write(
+        conf,
+        r#"{"Network": "10.244.0.0/16", "Backend": {"Type": "ipsec", "UDPEncap": true}}"#,
+    )
+    .unwrap();
+    let check = |more: &[&str]| {
+        let all = [&["ringmail", "config", "check"], more].concat();
+        execute(&all)
+    };
+    let shown = check(&[conf, "--psk-file", psk]).unwrap();
+    assert_eq!(shown.code, 0);
+    golden(
+        "config-check.txt",
+        &shown
+            .text
+            .replace(folder.path().to_str().unwrap(), "FOLDER")
+            .replace(&hostname(), "HOST"),
+    );
+    assert!(!shown.text.contains("0123456789abcdef"), "no key is shown");
+    // Without FILE, the store's own configuration counts, as for the daemon.
+    let lease_dir = folder.path().to_str().unwrap();
+    let json = check(&["--json", "--lease-dir", lease_dir, "--psk-file", psk]).unwrap();
+    let value: serde_json::Value = serde_json::from_str(&json.text).unwrap();
+    assert_eq!(value["Backend"]["UDPEncap"], true);
+    assert_eq!(value["store"]["dir"], lease_dir);
+
+    std::fs::write(psk, "short\n").unwrap();
+    let short = check(&[conf, "--psk-file", psk]).unwrap_err();
+    assert_eq!(short.code, 78);
+    assert!(short.to_string().contains("at least 32 are needed"), "{short}");
+    std::fs::write(conf, r#"{"Network": "10.244.0.0/31"}"#).unwrap();
+    assert_eq!(check(&[conf, "--psk-file", psk]).unwrap_err().code, 78);
+    assert_eq!(check(&[conf, "--", "--ifaec", "x"]).unwrap_err().code, 64);
+    assert_eq!(check(&["--lease-dir", "/nonexistent/folder"]).unwrap_err().code, 69);
+}
+
+fn hostname() -> String {
+    nix::unistd::gethostname().unwrap().into_string().unwrap()
+}
+
+#[test]
+fn leases_of_a_folder_need_no_daemon() {
+    let folder = Folder::new();
+    let path = folder.path().to_str().unwrap();
+    let none = execute(&["ringmail", "leases", "--lease-dir", path]).unwrap();
+    assert_eq!((none.code, none.text.as_str()), (0, "no leases\n"));
+    let missing = execute(&["ringmail", "leases", "--lease-dir", "/nonexistent/folder"]).unwrap_err();
+    assert_eq!(missing.code, 69);
+    let asked = execute(&["ringmail", "leases", "--run-dir", path]).unwrap_err();
+    assert_eq!(asked.code, 1);
+    assert!(asked.to_string().starts_with("no daemon answers at"), "{asked}");
+}
+
+/// A kernel that can be told to refuse a kind of object.
+struct Stubborn {
+    refuses: Option<Kind>,
+    broken: Vec<Key>,
+}
+
+impl crate::kernel::Datapath for Stubborn {
+    fn dump(&mut self) -> Result<Objects, WriteError> {
+        Ok(Objects::new())
+    }
+    fn apply(&mut self, kind: Kind, writes: Vec<Write>) -> Vec<Result<(), Refused>> {
+        let refused = self.refuses == Some(kind);
+        let result = |write: Write| match write.op {
+            Op::Break(_) if refused => Err(Refused {
+                error: WriteError::Unknown {
+                    op: write.op.to_string(),
+                },
+                secret: None,
+            }),
+            Op::Break(key) => {
+                self.broken.push(key);
+                Ok(())
+            }
+            other => panic!("cleanup only breaks: {other}"),
+        };
+        writes.into_iter().map(result).collect()
+    }
+    fn filter_stands(&mut self) -> bool {
+        true
+    }
+    fn counters(&mut self) -> Result<std::collections::BTreeMap<xfrm::SaId, crate::kernel::Counters>, WriteError> {
+        Ok(Default::default())
+    }
+}
+
+#[test]
+fn cleanup_breaks_in_reverse_and_keeps_the_guard_while_anything_behind_it_stays() {
+    let actual = audit::tests::desired();
+    let mut whole = Stubborn {
+        refuses: None,
+        broken: vec![],
+    };
+    let mut outcome = cleanup::Outcome::default();
+    assert!(!cleanup::clear(&mut whole, &actual, &mut outcome));
+    let reversed: Vec<Key> = actual.keys().rev().cloned().collect();
+    assert_eq!(whole.broken, reversed);
+    assert_eq!((outcome.kernel.len(), outcome.failed.len()), (actual.len(), 0));
+    for kind in [Kind::Route, Kind::Policy, Kind::Sa, Kind::Address, Kind::Link] {
+        let mut stubborn = Stubborn {
+            refuses: Some(kind),
+            broken: vec![],
+        };
+        let mut outcome = cleanup::Outcome::default();
+        assert!(cleanup::clear(&mut stubborn, &actual, &mut outcome), "{kind:?}");
+        assert!(
+            stubborn.broken.iter().all(|key| key.kind() > Kind::Guard),
+            "{kind:?}: the guard stays"
+        );
+    }
+}
+
+fn ip(arguments: &str) -> String {
+    let output = Command::new("ip")
+        .args(arguments.split(' '))
+        .output()
+        .expect("iproute2 is installed");
+    assert!(
+        output.status.success(),
+        "ip {arguments}: {}",
+        String::from_utf8_lossy(&output.stderr)
+    );
+    String::from_utf8(output.stdout).unwrap()
+}
+
+/// All that this namespace's kernel shows of what ringmail or the strangers of the test could have made.
+fn kernel_text() -> String {
+    let commands = [
+        "route show table all",
+        "-6 route show table all",
+        "-o link show",
+        "address show",
+        "xfrm policy list",
+    ];
+    let mut text: String = commands.map(ip).join("\n");
+    let nft = Command::new("nft").args(["list", "ruleset"]).output();
+    text += &nft
+        .map(|output| String::from_utf8(output.stdout).unwrap())
+        .unwrap_or_default();
+    // Counters, lifetimes and indexes of policies run on by themselves; what is compared does not.
+    text.lines()
+        .filter(|line| !line.contains("valid_lft"))
+        .map(|line| format!("{line}\n"))
+        .collect()
+}
+
+#[test]
+fn cleanup_leaves_nothing_of_ours_and_all_that_is_not() {
+    std::thread::spawn(|| {
+        nix::sched::unshare(nix::sched::CloneFlags::CLONE_NEWNET).expect("root makes a network namespace");
+        ip("link set lo up");
+        ip("link add eth0 type veth peer name far");
+        ip("link set far up");
+        ip("link set eth0 up");
+        ip("address add 192.0.2.1/24 dev eth0");
+        // Strangers: a route, a policy and a device that are none of ours.
+        ip("route add 10.99.0.0/16 via 192.0.2.254");
+        ip("xfrm policy add dir out src 0.0.0.0/0 dst 10.98.0.0/16 priority 77 action block");
+        ip("link add mine type bridge");
+        std::thread::sleep(std::time::Duration::from_millis(200));
+        let before = kernel_text();
+
+        let desired = audit::tests::desired();
+        let mut kernel = Netlink::open(&Options { prefer_nft: true }).unwrap();
+        // This kernel may have no ESP: all but SAs, which real-kernel tests have.
+        let mut made = 0;
+        for (key, object) in desired
+            .iter()
+            .filter(|(key, _)| !matches!(key.kind(), Kind::Sa | Kind::Sysctl))
+        {
+            let index = nix::net::if_::if_nametoindex("eth0").unwrap();
+            let (mut key, mut object) = (key.clone(), object.clone());
+            if let (Key::Guard(_, id), Object::Policy(policy)) = (&mut key, &mut object)
+                && id.selector.ifindex != 0
+            {
+                id.selector.ifindex = index;
+                policy.id = *id;
+            }
+            let write = Write {
+                op: Op::Make(key.clone(), object),
+                secret: None,
+            };
+            kernel
+                .apply(key.kind(), vec![write])
+                .remove(0)
+                .unwrap_or_else(|refused| panic!("{key}: {}", refused.error));
+            made += 1;
+        }
+        drop(kernel);
+        assert_ne!(kernel_text(), before);
+
+        let folder = Folder::new();
+        let run_dir = folder.join("run");
+        let (leases, env) = (folder.join("leases"), folder.join("subnet.env"));
+        std::fs::create_dir(&leases).unwrap();
+        let node = crate::lease::NodeName::new("node-a").unwrap();
+        let held = blocking(async {
+            let store = crate::store::Store::open_dir(&leases).await.unwrap();
+            let claim = crate::store::Claim {
+                previous: None,
+                public: Default::default(),
+                random: 7,
+            };
+            let network = audit::tests::network();
+            let held = store.acquire(&node, &network, &claim).await.unwrap();
+            let other = crate::lease::NodeName::new("node-b").unwrap();
+            store.acquire(&other, &network, &claim).await.unwrap();
+            held
+        })
+        .unwrap();
+        let text = crate::config::SubnetEnv {
+            network: audit::tests::network(),
+            subnets: held.subnets,
+            mtu: 1446,
+            ip_masq: true,
+        };
+        text.write(&env).unwrap();
+        let note = crate::admin::Remembered {
+            lease_dir: Some(leases.clone()),
+            node,
+            subnets: held.subnets.iter().collect(),
+            subnet_file: Some(env.clone()),
+        };
+        note.write(&run_dir).unwrap();
+        std::fs::write(run_dir.join("control.sock"), "").unwrap();
+
+        let arguments = ["ringmail", "cleanup", "--json", "--run-dir", run_dir.to_str().unwrap()];
+        // A running daemon is not cleaned up under.
+        let daemon = crate::admin::Single::claim(&folder.join("elsewhere")).unwrap();
+        let refused = execute(&arguments).unwrap_err();
+        assert!(refused.to_string().contains("stop it first"), "{refused}");
+        drop(daemon);
+        assert!(env.exists());
+
+        let shown = execute(&arguments).unwrap();
+        assert_eq!(shown.code, 0, "{}", *shown.text);
+        let outcome: serde_json::Value = serde_json::from_str(&shown.text).unwrap();
+        assert_eq!(outcome["kernel"].as_array().unwrap().len(), made, "{outcome:#}");
+        assert_eq!(kernel_text(), before);
+        assert!(!env.exists() && !run_dir.exists());
+        let left = std::fs::read_dir(&leases).unwrap().filter(|entry| {
+            let name = entry.as_ref().unwrap().file_name().into_string().unwrap();
+            name.contains("-24") || name.contains("-64")
+        });
+        assert_eq!(left.count(), 1, "the other node's lease stays");
+
+        let again = execute(&["ringmail", "cleanup", "--run-dir", run_dir.to_str().unwrap()]).unwrap();
+        assert_eq!(
+            (again.code, again.text.lines().count()),
+            (0, 1),
+            "only the folder that it made: {}",
+            *again.text
+        );
+        assert_eq!(kernel_text(), before);
+    })
+    .join()
+    .unwrap_or_else(|panic| std::panic::resume_unwind(panic));
+}
+
+#[test]
+fn cleanup_leaves_another_programs_subnet_env() {
+    std::thread::spawn(|| {
+        nix::sched::unshare(nix::sched::CloneFlags::CLONE_NEWNET).expect("root makes a network namespace");
+        let folder = Folder::new();
+        let env = folder.join("subnet.env");
+        std::fs::write(&env, "FLANNEL_NETWORK=10.244.0.0/16\nFLANNEL_SUBNET=10.244.9.1/24\n").unwrap();
+        let run_dir = folder.join("run");
+        let shown = execute(&[
+            "ringmail",
+            "cleanup",
+            "--run-dir",
+            run_dir.to_str().unwrap(),
+            "--subnet-file",
+            env.to_str().unwrap(),
+        ])
+        .unwrap();
+        assert_eq!(shown.code, 0, "{}", *shown.text);
+        assert!(env.exists());
+        let missing = execute(&[
+            "ringmail",
+            "cleanup",
+            "--run-dir",
+            run_dir.to_str().unwrap(),
+            "--lease-dir",
+            "/nonexistent/folder",
+            "--node-name",
+            "node-a",
+        ])
+        .unwrap();
+        assert_eq!(missing.code, 69, "{}", *missing.text);
+    })
+    .join()
+    .unwrap_or_else(|panic| std::panic::resume_unwind(panic));
+}
