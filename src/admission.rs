@@ -269,7 +269,7 @@ impl Claims {
         let claims = self.by_node.get(node)?;
         let shared = claims.iter().find_map(|claim| {
             let nodes = self.by_claim.get(claim)?;
-            (nodes.len() > 1).then(|| (*claim, nodes))
+            (nodes.len() > 1).then_some((*claim, nodes))
         });
         let (claim, nodes) = shared?;
         let others = nodes.iter().filter(|other| *other != node).cloned().collect();

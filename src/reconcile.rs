@@ -273,7 +273,7 @@ impl<D: Datapath> Reconciler<D> {
     fn taken(&self) -> BTreeSet<u8> {
         let own = self.node.slot();
         let sas = self.actual.iter().filter_map(|(key, object)| match (key, object) {
-            (Key::Sa(id), Object::Sa { sa, .. }) => reqid_slot(sa.reqid).and(Spi(id.spi).parts().ok()),
+            (Key::Sa(id), Object::Sa { sa, .. }) => reqid_slot(sa.reqid).and_then(|_| Spi(id.spi).parts().ok()),
             _ => None,
         });
         sas.map(|parts| {

@@ -41,9 +41,9 @@ struct World {
 
 /// The SA that node `sender` sends on with `generation`: epochs are small here, so the SPI holds them whole.
 fn sa(sender: usize, generation: Generation) -> SaId {
-    let spi = (u32::try_from(sender).unwrap() + 1) << 16
-        | u32::try_from(generation.sender.0).unwrap() << 8
-        | u32::try_from(generation.receiver.0).unwrap();
+    let spi = (u32::try_from(sender).expect("small") + 1) << 16
+        | u32::try_from(generation.sender.0).expect("small") << 8
+        | u32::try_from(generation.receiver.0).expect("small");
     SaId {
         dst: IpAddr::V4(Ipv4Addr::UNSPECIFIED),
         spi,

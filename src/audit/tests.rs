@@ -97,6 +97,7 @@ fn node() -> Objects {
         mtu: 1446,
         masquerade: true,
         random_fully: true,
+        advertisements: false,
     })
 }
 

@@ -126,7 +126,7 @@ fn guard(objects: &mut Objects, which: Guard, direction: Direction, src: IpNet, 
         Guard::Spoof | Guard::Block => Action::Block,
     };
     let policy = Policy {
-        id: id.clone(),
+        id,
         priority: which.priority(),
         action,
         template: None,

@@ -148,10 +148,8 @@ impl Node {
     pub(super) fn retimed(&mut self, name: &NodeName, change: impl FnOnce(&mut Peer)) {
         let Some(peer) = self.peers.get_mut(name) else { return };
         change(peer);
-        let due = peer
-            .pair
-            .deadline()
-            .map_or(peer.schedule.due(), |deadline| deadline.min(peer.schedule.due()));
+        let probe = peer.schedule.due();
+        let due = peer.pair.deadline().map_or(probe, |deadline| deadline.min(probe));
         if let Some(queued) = peer.queued.replace(due) {
             self.due.remove(&(queued, name.clone()));
         }
