@@ -1,9 +1,10 @@
 """A mesh of nodes on this kernel, for tests: the topology of deploy/lab, its daemons, pods and wire.
 
     lab = make_lab(3)                        # the fixture of conftest.py: watched, and taken down after the test
-    lab.start("--lease-dir", lab.lease_dir)  # a daemon on every node
-    lab.pods()                               # a pod on every node, as soon as its subnet.env is there
-    lab.pod(1).ping(lab.pod(2))
+    lab.configure(UDPEncap=True)             # net-conf.json and a PSK
+    lab.start()                              # a daemon on every node, until each has every other up
+    lab.pods()                               # a pod on every node
+    assert lab.pod(1).ping(lab.pod(2)) == 1
     lab.wire.assert_clean()                  # also done after every test
 
 Numbers of nodes begin at 1, as in deploy/lab."""
@@ -213,6 +214,14 @@ class Node(Place):
         """What `ringmail status --json` says."""
         return json.loads(self.ringmail("status", "--json"))
 
+    def peers(self, state):
+        """The names of the peers that `status` shows in a state: up, moving, kept, waiting, refused."""
+        return {peer["node"] for peer in self.status()["peers"] if peer["state"] == state}
+
+    def audit(self):
+        """What `ringmail audit --json` says, whatever its exit code."""
+        return json.loads(self.ringmail("audit", "--json", check=False).stdout)
+
     def sas(self):
         """The kernel's SAs as [{source, destination, spi, reqid}], without their keys."""
         found = []
@@ -300,7 +309,7 @@ class Lab:
         for node in self.nodes if keywatch else []:
             keywatch.attach(node.namespace, node.namespace, [node.address(4), node.address(6)])
         self.wire = Wire(f"{name}-wire")
-        self.lease_dir = str(STATE / name / "leases")
+        self.lease_dir, self.psk_file = str(STATE / name / "leases"), str(STATE / name / "psk")
         os.makedirs(self.lease_dir)
 
     def call(self, verb, *arguments, env=None):
@@ -316,12 +325,41 @@ class Lab:
     def pod(self, number):
         return Pod(self, number)
 
+    def configure(self, network="10.244.0.0/16", network6=None, psk=None, **backend):
+        """Writes net-conf.json into the folder of leases and a PSK (a new one, if none is given) into `psk_file`.
+        network6 alone: give network=None."""
+        conf = {"Backend": {"Type": "ipsec", **backend}}
+        conf |= {"Network": network} if network else {"EnableIPv4": False}
+        conf |= {"EnableIPv6": True, "IPv6Network": network6} if network6 else {}
+        pathlib.Path(self.lease_dir, "net-conf.json").write_text(json.dumps(conf))
+        self.write_psk(psk or subprocess.run([program(), "keygen"], stdout=subprocess.PIPE, check=True).stdout)
+
+    def write_psk(self, psk, path=None):
+        """A PSK file that only root reads: the lab's own, or another."""
+        path = pathlib.Path(path or self.psk_file)
+        path.touch(mode=0o600)
+        path.write_bytes(psk)
+        return str(path)
+
+    @property
+    def flags(self):
+        """What every daemon of the lab is given."""
+        return ["--lease-dir", self.lease_dir, "--psk-file", self.psk_file]
+
     def start(self, *flags):
-        """A daemon on every node, and waits until each is ready."""
+        """A daemon on every node, waits until each is ready, and until each has every other up."""
         for node in self.nodes:
-            node.start(*flags)
+            node.start(*self.flags, *flags)
         for node in self.nodes:
             node.ready()
+        self.meshed()
+
+    def meshed(self, nodes=None, timeout=20):
+        """Waits until each of the nodes (all) shows every other of them as up."""
+        nodes = nodes or self.nodes
+        for node in nodes:
+            others = {str(other) for other in nodes if other is not node}
+            eventually(f"{node} has {sorted(others)} up", lambda: others <= node.peers("up"), timeout)  # noqa: B023
 
     def pods(self):
         """The pods of all nodes."""
