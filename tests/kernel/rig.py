@@ -88,9 +88,10 @@ class Place:
         answer = re.search(r"(\d+) received", done.stdout)
         return int(answer.group(1)) if answer else 0
 
-    def listen(self, port=8080, family=4, address=None):
-        """A TCP and UDP server that answers each caller with the address it sees: use in a `with`. See `ask`."""
-        return Answering(self, port, family, address)
+    def listen(self, port=8080):
+        """A TCP and UDP server, of both families, that answers each caller with the address it sees: use in a `with`.
+        See `ask`."""
+        return Answering(self, port)
 
     def ask(self, target, port=8080, family=4, kind="tcp", timeout=3, source=None):
         """Calls such a server: the address that it saw us come from. OSError if no answer."""
@@ -248,15 +249,14 @@ class Pod(Place):
 class Answering:
     """The server of Place.listen, in threads of this process, with sockets in the other namespace."""
 
-    def __init__(self, place, port, family, address):
-        kind = socket.AF_INET if family == 4 else socket.AF_INET6
-        at = (address or ("0.0.0.0" if family == 4 else "::"), port)
+    def __init__(self, place, port):
         self.callers = collections.Counter()
-        self._tcp = netns.make_socket(place.namespace, kind, socket.SOCK_STREAM)
-        self._udp = netns.make_socket(place.namespace, kind, socket.SOCK_DGRAM)
+        self._tcp = netns.make_socket(place.namespace, socket.AF_INET6, socket.SOCK_STREAM)
+        self._udp = netns.make_socket(place.namespace, socket.AF_INET6, socket.SOCK_DGRAM)
         self._tcp.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         for one in (self._tcp, self._udp):
-            one.bind(at)
+            one.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, 0)
+            one.bind(("::", port))
             one.settimeout(0.1)
         self._tcp.listen(64)
         self._over = threading.Event()
@@ -274,6 +274,11 @@ class Answering:
         self._tcp.close()
         self._udp.close()
 
+    def _note(self, address):
+        seen = address[0].removeprefix("::ffff:")
+        self.callers[seen] += 1
+        return seen.encode()
+
     def _serve_tcp(self):
         while not self._over.is_set():
             try:
@@ -284,8 +289,7 @@ class Answering:
                 try:
                     caller.settimeout(3)
                     caller.recv(1000)
-                    self.callers[address[0]] += 1
-                    caller.sendall(address[0].encode())
+                    caller.sendall(self._note(address))
                 except OSError:
                     continue
 
@@ -293,8 +297,7 @@ class Answering:
         while not self._over.is_set():
             try:
                 _, address = self._udp.recvfrom(2000)
-                self.callers[address[0]] += 1
-                self._udp.sendto(address[0].encode(), address)
+                self._udp.sendto(self._note(address), address)
             except OSError:
                 continue
 

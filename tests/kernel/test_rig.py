@@ -216,7 +216,7 @@ def test_services_and_nodeports_by_iptables(mesh):
     one, two = mesh.nodes
     with mesh.pod(2).listen(8080):
         assert mesh.pod(1).ask(mesh.pod(2)) == mesh.pod(1).address()
-        assert mesh.pod(1).ask(mesh.pod(2), kind="udp") == mesh.pod(1).address()
+        assert mesh.pod(1).ask(mesh.pod(2), family=6, kind="udp") == mesh.pod(1).address(6)
         one.dnat("10.96.0.1", 80, mesh.pod(2).address(), 8080)
         assert mesh.pod(1).ask("10.96.0.1", port=80) == mesh.pod(1).address()
         two.nodeport(30080, mesh.pod(2).address(), 8080)
