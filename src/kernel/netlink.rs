@@ -16,6 +16,7 @@
 //! does not tell), and may be older than our last write: making again what is there is no error, except for an SA.
 //! Take a dump whole: of the mesh device and its addresses, events after it tell what differs from it.
 
+mod echo;
 mod events;
 mod ipsec;
 mod link;

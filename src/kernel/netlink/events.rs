@@ -23,7 +23,7 @@ use xfrm::{Error, MessageRef, Monitor, Notification, PolicyId, Protocol, SaId};
 use super::ipsec::{policy_key, sa_key};
 use super::link::{self, Known, is_ours};
 use super::message::{Address, Link, NLM_F_REPLACE, Route};
-use super::{LINK, route};
+use super::{LINK, echo, route};
 use crate::kernel::firewall::{self, Manager};
 use crate::kernel::{Event, Guard, Key, Kind, Object, reqid_slot};
 
@@ -75,9 +75,12 @@ impl Events {
         known: Rc<RefCell<Known>>,
     ) -> Result<Self, EventsError> {
         let filter = manager.borrow().monitor()?;
+        let (xfrm, route) = (xfrm::Events::open()?, Monitor::open(Protocol::Route, &ROUTE_GROUPS)?);
+        echo::silence_xfrm(&xfrm, xfrm_port);
+        echo::silence_routes(&route, route_port);
         Ok(Self {
-            xfrm: watched(xfrm::Events::open()?)?,
-            route: watched(Monitor::open(Protocol::Route, &ROUTE_GROUPS)?)?,
+            xfrm: watched(xfrm)?,
+            route: watched(route)?,
             filter: filter.map(watched).transpose()?,
             manager,
             eyes: Eyes {

@@ -15,6 +15,7 @@ use crate::kernel::{Event, Guard, Scope, order, priority, reqid};
 use crate::lease::Addresses;
 
 mod drift;
+mod echo;
 mod esp;
 mod route_link_policy;
 

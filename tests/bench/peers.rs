@@ -1,0 +1,165 @@
+//! The measurements that need the library itself and not the daemon's program: `tests/bench/run` starts them.
+//!
+//! ```text
+//! bench-peers program PEERS ROUNDS       a roster of PEERS to programmed, and the kernel's own part of it
+//! bench-peers change ROUNDS SIZE...      one peer's change among SIZE peers
+//! bench-peers leases FOLDER PEERS PSK    writes the leases of PEERS nodes that are not there; PSK is a file
+//! ```
+//! Each line of standard output is one JSON object of milliseconds. Needs root and a kernel with ESP.
+
+mod bare;
+mod made_up;
+mod site;
+
+use std::fs;
+use std::path::Path;
+use std::sync::mpsc;
+use std::thread;
+use std::time::{Duration, Instant};
+
+use anyhow::{Context as _, Result, bail, ensure};
+use serde_json::json;
+
+use bare::{Bare, Prebuilt};
+use made_up::Mesh;
+use site::{Change, Site, enter_new_namespace, peers_objects};
+
+fn main() -> Result<()> {
+    let arguments: Vec<String> = std::env::args().skip(1).collect();
+    let words: Vec<&str> = arguments.iter().map(String::as_str).collect();
+    match words[..] {
+        ["program", peers, rounds] => program(peers.parse()?, rounds.parse()?),
+        ["change", rounds, ref sizes @ ..] if !sizes.is_empty() => {
+            let sizes = sizes.iter().map(|size| size.parse()).collect::<Result<Vec<_>, _>>()?;
+            change(rounds.parse()?, &sizes)
+        }
+        ["leases", folder, peers, psk] => leases(Path::new(folder), peers.parse()?, Path::new(psk)),
+        _ => bail!("usage: bench-peers program PEERS ROUNDS | change ROUNDS SIZE... | leases FOLDER PEERS PSK"),
+    }
+}
+
+fn in_milliseconds(duration: Duration) -> f64 {
+    duration.as_secs_f64() * 1000.0
+}
+
+/// Runs `work` in a network namespace of its own, on a thread of its own, in a runtime.
+fn in_namespace<T: Send>(work: impl FnOnce() -> Result<T> + Send) -> Result<(T, fs::File)> {
+    let enter = || {
+        let namespace = enter_new_namespace()?;
+        let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build()?;
+        let _context = runtime.enter();
+        Ok((work()?, namespace))
+    };
+    thread::scope(|scope| scope.spawn(enter).join()).map_err(|_| anyhow::anyhow!("a measuring thread panicked"))?
+}
+
+/// Both sides in turn, each in a fresh namespace. The first round of both warms up and is not told.
+fn program(peers: usize, rounds: usize) -> Result<()> {
+    let mesh = Mesh::new(&[7; 32])?;
+    let peers = mesh.peers(peers)?;
+    // A namespace that goes away is taken down in the background, beside the next measurement: all stay to the end.
+    let mut kept = Vec::new();
+    for round in 0..=rounds {
+        let (ours, namespace) = in_namespace(|| {
+            let mut site = Site::open(&mesh)?;
+            let (programmed, admitted) = site.program(&peers)?;
+            let writes = site.reconciler.writes();
+            let made = (Prebuilt::read()?, peers_objects()?);
+            let began = Instant::now();
+            for peer in &peers {
+                std::hint::black_box(mesh.sa_keys(peer, site.own())?);
+            }
+            let keys = began.elapsed();
+            let confirmed = site.confirm(&mesh, &peers)?;
+            Ok((programmed, admitted, keys, confirmed, writes, made))
+        })?;
+        kept.push(namespace);
+        let (programmed, admitted, keys, confirmed, writes, (prebuilt, objects)) = ours;
+        ensure!(prebuilt.len() == objects.len(), "not every object was read back");
+        let (bare, namespace) = in_namespace(|| {
+            // Its objects stay and its sockets go: nobody listens to what the bare loop does.
+            drop(Site::open(&mesh)?);
+            let mut bare = Bare::open()?;
+            let began = Instant::now();
+            bare.send(&prebuilt)?;
+            let took = began.elapsed();
+            ensure!(peers_objects()? == objects, "the bare loop made other objects");
+            Ok(took)
+        })?;
+        kept.push(namespace);
+        if round > 0 {
+            let line = json!({
+                "ours": in_milliseconds(programmed), "bare": in_milliseconds(bare), "keys": in_milliseconds(keys),
+                "admitted": in_milliseconds(admitted), "confirmed": in_milliseconds(confirmed),
+                "objects": objects.len(), "writes": writes,
+            });
+            println!("{line}");
+        }
+    }
+    Ok(())
+}
+
+/// Meshes of several sizes side by side, a thread and a namespace each; their changes take turns.
+fn change(rounds: usize, sizes: &[usize]) -> Result<()> {
+    thread::scope(|scope| {
+        let mut sites = Vec::new();
+        for &size in sizes {
+            let (go, turns) = mpsc::channel::<()>();
+            let (told, results) = mpsc::channel::<Result<Change>>();
+            scope.spawn(move || {
+                let failed = told.clone();
+                let done = in_namespace(move || {
+                    let mesh = Mesh::new(&[7; 32])?;
+                    let mut peers = mesh.peers(size)?;
+                    let mut site = Site::open(&mesh)?;
+                    site.program(&peers)?;
+                    site.confirm(&mesh, &peers)?;
+                    // Spread over the whole mesh, none twice in a row.
+                    for turn in 0.. {
+                        if turns.recv().is_err() {
+                            break;
+                        }
+                        let at = (turn * 7 + size / 2) % size;
+                        let changed = site.change(&mesh, &mut peers[at]);
+                        if told.send(changed).is_err() {
+                            break;
+                        }
+                    }
+                    Ok(())
+                });
+                if let Err(error) = done {
+                    // The other end may be gone for a reason of its own.
+                    drop(failed.send(Err(error)));
+                }
+            });
+            sites.push((size, go, results));
+        }
+        // The first changes also wait for the meshes to stand, and are not told.
+        for round in 0..rounds + 3 {
+            for (size, go, results) in &sites {
+                // A thread that ended has said why.
+                let _ = go.send(());
+                let Change { rotate, leave, join } = results.recv().context("a measuring thread ended")??;
+                if round >= 3 {
+                    let line = json!({
+                        "peers": size, "rotate": in_milliseconds(rotate), "leave": in_milliseconds(leave),
+                        "join": in_milliseconds(join),
+                    });
+                    println!("{line}");
+                }
+            }
+        }
+        Ok(())
+    })
+}
+
+fn leases(folder: &Path, peers: usize, psk: &Path) -> Result<()> {
+    let psk = fs::read(psk).with_context(|| format!("read {}", psk.display()))?;
+    let mesh = Mesh::new(psk.trim_ascii())?;
+    for peer in mesh.peers(peers)? {
+        let lease = &peer.life.lease;
+        let name = format!("{}.json", ringmail::store::format::key(&lease.subnets));
+        fs::write(folder.join(name), ringmail::store::format::encode(lease, 1))?;
+    }
+    Ok(())
+}

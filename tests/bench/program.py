@@ -1,0 +1,50 @@
+"""From roster to programmed, and one peer's change: what bench-peers measures in the library itself."""
+
+import json
+import subprocess
+
+from measure import Row, median, ratio, shown, spread
+
+
+def helper(program, *arguments):
+    """bench-peers: its lines, each a dict of milliseconds."""
+    done = subprocess.run([program, *map(str, arguments)], stdout=subprocess.PIPE, text=True, check=True, timeout=900)
+    return [json.loads(line) for line in done.stdout.splitlines()]
+
+
+def roster(programs, quick):
+    """1,000 peers at once, against a bare loop of the same messages."""
+    lines = helper(programs.helper, "program", 1000, 3 if quick else 9)
+    of = lambda name: [line[name] for line in lines]  # noqa: E731
+    objects = lines[0]["objects"]
+    rows = [
+        ratio(
+            f"1,000 peers from roster to programmed ({objects:,} objects)",
+            "ms",
+            of("ours"),
+            of("bare"),
+            "the same messages prebuilt, sent in a bare loop",
+            ("at most", 1.3),
+        )
+    ]
+    for name, what in [
+        ("keys", "of which deriving all keys"),
+        ("admitted", "of which checking statements and tags"),
+        ("confirmed", "then 1,000 first probes to data flowing"),
+    ]:
+        rows.append(Row(what, f"{shown(median(of(name)))} ms", "", median(of(name)), "ms", spread(of(name))))
+    return rows
+
+
+def change(programs, quick):
+    """One peer's change in a small mesh and in large ones."""
+    sizes = [10, 1000] if quick else [10, 1000, 5000]
+    lines = helper(programs.helper, "change", 10 if quick else 40, *sizes)
+    of = lambda size, name: [line[name] for line in lines if line["peers"] == size]  # noqa: E731
+    rows = []
+    for size in sizes[1:]:
+        for name, what in [("rotate", "a new epoch"), ("leave", "a peer leaves"), ("join", "a peer joins")]:
+            rows.append(
+                ratio(f"{what}, among {size:,} peers", "ms", of(size, name), of(10, name), "among 10", ("at most", 1.5))
+            )
+    return rows

@@ -1,0 +1,234 @@
+//! The measured node: the daemon's real parts, Node, Reconciler and Netlink, in a network namespace of their own.
+
+use std::fs::File;
+use std::net::Ipv4Addr;
+use std::sync::Arc;
+use std::time::{Duration, Instant};
+
+use anyhow::{Context as _, Result, bail, ensure};
+use keys::{Cipher, Encap, EncapMode};
+use nix::sched::{CloneFlags, unshare};
+use ring::rand::SystemRandom;
+use ringmail::admission::Admitted;
+use ringmail::epochs::DRAIN;
+use ringmail::kernel::netlink::{Events, Netlink, Options};
+use ringmail::kernel::{Datapath as _, Key, Object, Objects};
+use ringmail::lease::{Addresses, Completeness, NodeName};
+use ringmail::node::{Node, Settings};
+use ringmail::probe::Probe;
+use ringmail::reconcile::Reconciler;
+use ringmail::uplink::Uplink;
+
+use crate::made_up::{Mesh, Peer};
+
+/// Seconds since 1970 at which the node's epoch begins: the same in every run, so that every run makes the same SPIs.
+const EPOCH: u64 = 1_750_000_000;
+
+/// Moves this thread into a network namespace of its own, which lives as long as the file.
+pub(crate) fn enter_new_namespace() -> Result<File> {
+    unshare(CloneFlags::CLONE_NEWNET).context("make a network namespace (needs root)")?;
+    File::open("/proc/thread-self/ns/net").context("hold the network namespace")
+}
+
+/// A node whose own objects stand, and that knows no peer yet.
+pub(crate) struct Site {
+    pub(crate) reconciler: Reconciler<Netlink>,
+    events: Events,
+    own: Admitted,
+    now: Duration,
+}
+
+/// How long the parts of one peer's change took.
+#[derive(Clone, Copy, Debug, Default)]
+pub(crate) struct Change {
+    /// A new epoch: from the lease until the peer's objects are those of the new epoch alone, without the waiting.
+    pub(crate) rotate: Duration,
+    /// From the vanished lease until nothing of the peer is left.
+    pub(crate) leave: Duration,
+    /// From the lease until data flows.
+    pub(crate) join: Duration,
+}
+
+impl Site {
+    /// Opens the datapath in the namespace of this thread, within a tokio runtime.
+    pub(crate) fn open(mesh: &Mesh) -> Result<Self> {
+        let kernel = Netlink::open(&Options { prefer_nft: true })?;
+        let events = kernel.events()?;
+        let settings = Settings {
+            name: NodeName::new("measured")?,
+            network: mesh.network,
+            cipher: Cipher::Aes128Gcm16,
+            encap: Encap {
+                mode: EncapMode::Esp,
+                port: 4500,
+            },
+            rekey_after: Duration::from_secs(1 << 40),
+            mtu: None,
+            masquerade: true,
+            random_fully: true,
+            directed: false,
+        };
+        let mut reconciler = Reconciler::new(kernel, |left| Node::new(settings, left))?;
+        let address = Addresses {
+            v4: Some(Ipv4Addr::new(192, 168, 77, 1)),
+            v6: None,
+        };
+        let (subnets, slot) = mesh.own()?;
+        let node = &mut reconciler.node;
+        node.keyed(vec![Arc::clone(&mesh.psk)]);
+        node.uplinked(Uplink {
+            name: "lo".into(),
+            index: 1,
+            mtu: 1500,
+            local: address,
+            public: address,
+        });
+        node.holds(subnets, slot);
+        reconciler.completed(Completeness::Complete);
+        let now = Duration::from_secs(1);
+        let began = reconciler.begin_epoch(None, EPOCH, &SystemRandom::new(), now);
+        ensure!(began.is_some(), "no epoch began");
+        reconciler.pass(now);
+        let lease = reconciler.node.lease().context("a lease of its own")?;
+        let own = mesh.admit(&lease)?;
+        let mut site = Self {
+            reconciler,
+            events,
+            own,
+            now,
+        };
+        site.listen()?;
+        site.check()?;
+        Ok(site)
+    }
+
+    /// This node's own statement.
+    pub(crate) fn own(&self) -> &Admitted {
+        &self.own
+    }
+
+    /// Gives the node a roster of all `peers` at once and writes until nothing is left to write. Returns how long it
+    /// took, and the part of it before the first write.
+    pub(crate) fn program(&mut self, peers: &[Peer]) -> Result<(Duration, Duration)> {
+        let began = Instant::now();
+        for peer in peers {
+            self.reconciler
+                .node
+                .leased(&peer.name, Some(&peer.life.lease), self.now);
+        }
+        let admitted = began.elapsed();
+        self.reconciler.pass(self.now);
+        self.listen()?;
+        let took = began.elapsed();
+        self.check()?;
+        Ok((took, admitted))
+    }
+
+    /// Each peer confirms, and everyone's data flows. Returns how long it took.
+    pub(crate) fn confirm(&mut self, mesh: &Mesh, peers: &[Peer]) -> Result<Duration> {
+        let probes = peers
+            .iter()
+            .map(|peer| Ok((peer.base()?, peer.probe(mesh, &self.own, 0)?)));
+        let probes = probes.collect::<Result<Vec<_>>>()?;
+        let began = Instant::now();
+        for (from, probe) in &probes {
+            self.reconciler.node.probed(*from, probe, self.now);
+        }
+        self.reconciler.pass(self.now);
+        self.listen()?;
+        let took = began.elapsed();
+        self.check()?;
+        self.settle(mesh, peers)?;
+        Ok(took)
+    }
+
+    /// One peer's new epoch, its leaving, its coming back under a new key; the site ends as it began.
+    pub(crate) fn change(&mut self, mesh: &Mesh, peer: &mut Peer) -> Result<Change> {
+        let before = self.reconciler.actual().len();
+        mesh.renew(peer)?;
+        let mut rotate = self.appear(mesh, peer)?;
+        self.now += DRAIN;
+        self.settle(mesh, std::slice::from_ref(peer))?;
+        rotate += self.timed(|_| ())?;
+        ensure!(
+            self.reconciler.actual().len() == before,
+            "the old epoch did not go: {} objects, {before} before",
+            self.reconciler.actual().len()
+        );
+
+        let (name, now) = (peer.name.clone(), self.now);
+        let leave = self.timed(|node| node.leased(&name, None, now))?;
+        ensure!(self.reconciler.actual().len() < before, "the peer's objects did not go");
+
+        mesh.renew(peer)?;
+        let join = self.appear(mesh, peer)?;
+        self.settle(mesh, std::slice::from_ref(peer))?;
+        self.timed(|_| ())?;
+        ensure!(self.reconciler.actual().len() == before, "the peer did not come back");
+        Ok(Change { rotate, leave, join })
+    }
+
+    /// A peer's new lease and its first probe, until data goes on its new epoch.
+    fn appear(&mut self, mesh: &Mesh, peer: &Peer) -> Result<Duration> {
+        let (name, lease, now) = (peer.name.clone(), Arc::clone(&peer.life.lease), self.now);
+        let (from, probe) = (peer.base()?, peer.probe(mesh, &self.own, 0)?);
+        let made = self.timed(|node| node.leased(&name, Some(&lease), now))?;
+        let confirmed = self.timed(|node| {
+            node.probed(from, &probe, now);
+        })?;
+        Ok(made + confirmed)
+    }
+
+    /// One turn of the daemon's loop: an input, a pass, our own echoes read. Fails where a scope fails.
+    fn timed(&mut self, input: impl FnOnce(&mut Node)) -> Result<Duration> {
+        let began = Instant::now();
+        input(&mut self.reconciler.node);
+        self.reconciler.pass(self.now);
+        self.listen()?;
+        let took = began.elapsed();
+        self.check()?;
+        Ok(took)
+    }
+
+    /// Lets time-driven work happen and answers the questions that go to `peers`. Writes nothing.
+    fn settle(&mut self, mesh: &Mesh, peers: &[Peer]) -> Result<()> {
+        for _ in 0..2 {
+            let asked = self.reconciler.node.tick(self.now, &mut || 0.0);
+            for peer in peers {
+                let base = peer.base()?;
+                for question in asked.iter().filter(|datagram| datagram.to == base) {
+                    let ticket = Probe::parse(&question.bytes).context("a probe of ours")?.ticket;
+                    let answer = peer.probe(mesh, &self.own, ticket)?;
+                    self.reconciler.node.probed(base, &answer, self.now);
+                }
+            }
+        }
+        Ok(())
+    }
+
+    fn listen(&mut self) -> Result<()> {
+        for event in self.events.ready() {
+            self.reconciler.notice(event);
+        }
+        Ok(())
+    }
+
+    fn check(&mut self) -> Result<()> {
+        if let Some((scope, error)) = self.reconciler.failures().next() {
+            bail!("{scope}: {error}");
+        }
+        Ok(())
+    }
+}
+
+/// What the namespace of this thread holds of peers, without the generations that only its maker knows.
+pub(crate) fn peers_objects() -> Result<Objects> {
+    let mut found = Netlink::open(&Options { prefer_nft: true })?.dump()?;
+    found.retain(|key, _| matches!(key, Key::Sa(_) | Key::Policy(_) | Key::Route(_)));
+    for object in found.values_mut() {
+        if let Object::Sa { born, .. } = object {
+            *born = None;
+        }
+    }
+    Ok(found)
+}
