@@ -147,32 +147,14 @@ impl fmt::Display for Key {
             Self::Sysctl(path) => write!(f, "sysctl {path}"),
             Self::Firewall => f.write_str("firewall"),
             Self::GuardRoute(net) => write!(f, "guard route {net}"),
-            Self::Guard(guard, id) => write!(f, "guard policy {guard:?} {}", policy(id)),
+            Self::Guard(guard, id) => write!(f, "guard policy {guard:?} {id}"),
             Self::Link(name) => write!(f, "link {name}"),
             Self::Address(link, address) => write!(f, "address {address} on {link}"),
-            Self::Sa(id) => write!(f, "SA to {} spi {}", id.dst, keys::Spi(id.spi)),
-            Self::Policy(id) => write!(f, "policy {}", policy(id)),
+            Self::Sa(id) => write!(f, "SA {id}"),
+            Self::Policy(id) => write!(f, "policy {id}"),
             Self::Route(net) => write!(f, "route {net}"),
         }
     }
-}
-
-fn policy(PolicyId { direction, selector }: &PolicyId) -> String {
-    let direction = match direction {
-        xfrm::Direction::In => "in",
-        xfrm::Direction::Fwd => "fwd",
-        xfrm::Direction::Out => "out",
-    };
-    let port = selector
-        .dport
-        .map(|port| format!(" udp port {port}"))
-        .unwrap_or_default();
-    let dev = if selector.ifindex == 0 {
-        String::new()
-    } else {
-        format!(" dev #{}", selector.ifindex)
-    };
-    format!("{direction} {} to {}{port}{dev}", selector.src, selector.dst)
 }
 
 /// What a key should hold, or holds.
