@@ -99,9 +99,7 @@ async fn start(flags: &Flags) -> Result<(), StartError> {
     };
     let listener = admin::listen(&flags.run_dir).context("open the control socket")?;
     let (started_in, started) = oneshot::channel();
-    let options = Options {
-        prefer_nft: conf.nftables,
-    };
+    let options = Options { prefer_nft: true };
     let resync = Duration::from_secs(u64::from(flags.iptables_resync.max(1)));
     let thread = std::thread::Builder::new().name("reconcile".into());
     let turning = thread
@@ -192,9 +190,8 @@ fn turn_thread(
         })();
         match opened {
             Ok((reconciler, events, directed)) => {
-                let _ = started.send(Ok(()));
                 Turn::new(reconciler, inputs, outputs, directed, resync)
-                    .run(events)
+                    .run(events, started)
                     .await;
             }
             Err(error) => {

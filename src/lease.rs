@@ -470,7 +470,6 @@ impl fmt::Display for Network {
 
 #[cfg(test)]
 mod tests {
-    #![expect(clippy::unwrap_used, reason = "a test may")]
 
     use std::collections::BTreeSet;
 

@@ -5,6 +5,11 @@
 //! sends as data its receiver's kernel can read, unless it is meant for a kernel state that is gone. From every state:
 //! when events stop, both ends come to the newest generation and keep nothing older. No sending key is programmed twice.
 
+#![expect(
+    clippy::disallowed_types,
+    reason = "states are only looked up, and hashing is what makes the search fast"
+)]
+
 use std::collections::{BTreeSet, HashMap, VecDeque};
 use std::net::{IpAddr, Ipv4Addr};
 

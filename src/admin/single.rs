@@ -9,6 +9,8 @@ use std::os::linux::net::SocketAddrExt as _;
 use std::os::unix::fs::{MetadataExt as _, OpenOptionsExt as _};
 use std::os::unix::net::{SocketAddr, UnixListener, UnixStream};
 use std::path::{Path, PathBuf};
+use std::thread;
+use std::time::{Duration, Instant};
 
 use nix::errno::Errno;
 use nix::fcntl::{Flock, FlockArg};
@@ -21,6 +23,13 @@ const NAME: &[u8] = b"ringmail";
 
 /// The pid file's name in the run folder.
 const PID_FILE: &str = "ringmail.pid";
+
+/// How long an earlier daemon may take to be gone. A child that it has just forked holds its claims until it executes
+/// its program, however dead the daemon is.
+const PATIENCE: Duration = Duration::from_secs(1);
+
+/// How often it is looked at.
+const BETWEEN: Duration = Duration::from_millis(20);
 
 /// Why this process may not be the node's daemon.
 #[derive(Debug, thiserror::Error)]
@@ -76,8 +85,18 @@ pub struct Single {
 
 impl Single {
     /// Claims the network namespace and `run_dir`, which is made, mode 0755, where it is missing, and writes the pid
-    /// file.
+    /// file. Waits [`PATIENCE`] for another daemon that is on its way out.
     pub fn claim(run_dir: &Path) -> Result<Self, SingleError> {
+        let deadline = Instant::now() + PATIENCE;
+        loop {
+            match Self::claim_now(run_dir) {
+                Err(SingleError::Taken { .. }) if Instant::now() < deadline => thread::sleep(BETWEEN),
+                claimed => return claimed,
+            }
+        }
+    }
+
+    pub(super) fn claim_now(run_dir: &Path) -> Result<Self, SingleError> {
         let name = claim_name()?;
         let path = run_dir.join(PID_FILE);
         let failed = |source| SingleError::Io {

@@ -254,11 +254,6 @@ impl Flags {
                 self.subnet_lease_renew_margin != 60,
                 "concerns the etcd store alone",
             ),
-            (
-                "ip-masq-fully-random-disable",
-                self.ip_masq_fully_random_disable,
-                "has no effect in this version",
-            ),
             ("kube-api-url", self.kube_api_url.is_some(), kube),
             ("kubeconfig-file", self.kubeconfig_file.is_some(), kube),
             (
@@ -267,10 +262,11 @@ impl Flags {
                 kube,
             ),
             ("set-node-network-unavailable", !self.set_node_network_unavailable, kube),
+            ("metrics", self.metrics.is_some(), "has no effect in this version"),
             (
-                "iptables-resync",
-                self.iptables_resync != 5,
-                "has no effect: what is changed by hand is mended at once",
+                "healthz-port",
+                self.healthz_port != 0,
+                "has no effect in this version: `ringmail status` exits 0 when all is well",
             ),
             (
                 "iptables-forward-rules",

@@ -1,7 +1,5 @@
 //! net-conf.json: every rule and its text. Flags and subnet.env have their own files.
 
-#![expect(clippy::unwrap_used, reason = "a test may")]
-
 mod flags;
 mod subnet_env;
 

@@ -10,7 +10,7 @@ use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
 
 use keys::{Epoch, Slot};
 use ring::rand::{SecureRandom, SystemRandom};
-use tokio::sync::{mpsc, watch};
+use tokio::sync::{mpsc, oneshot, watch};
 use tracing::{debug, error, info};
 
 use super::sockets::Sockets;
@@ -147,9 +147,12 @@ impl Turn {
         self.began.elapsed()
     }
 
-    /// Turns until told to stop.
-    pub(super) async fn run(mut self, mut events: Events) {
+    /// Turns until told to stop. `started` is told when the first turn is done: the guard has been made, or the reason
+    /// why not is in the log and tried again.
+    pub(super) async fn run(mut self, mut events: Events, started: oneshot::Sender<anyhow::Result<()>>) {
         self.take_inputs();
+        self.turn();
+        let _ = started.send(Ok(()));
         loop {
             self.turn();
             match self.wait(&mut events).await {

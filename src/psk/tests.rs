@@ -1,7 +1,5 @@
 //! Real files, real folders, real inotify.
 
-#![expect(clippy::unwrap_used, reason = "a test may")]
-
 use std::fs;
 use std::os::unix::fs::{PermissionsExt as _, symlink};
 use std::path::Path;

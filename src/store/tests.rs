@@ -1,7 +1,5 @@
 //! The store against real folders: leases taken, published, stolen, lost; what is no lease; what is read when.
 
-#![expect(clippy::unwrap_used, reason = "a test may")]
-
 mod outages;
 mod text;
 

@@ -1,7 +1,5 @@
 //! The choice, by tables; and the kernel's facts, in a network namespace of the test's own.
 
-#![expect(clippy::unwrap_used, reason = "a test may")]
-
 use proptest::prelude::*;
 
 use super::*;

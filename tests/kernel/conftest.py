@@ -67,7 +67,7 @@ def pytest_runtest_makereport(item, call):
         for node in lab.nodes:
             try:
                 # The keys of a test are nobody's secret, but a report is no place for them to become a habit.
-                state = node.run("ip -s xfrm state list nokeys; ip xfrm policy; ip route; ip -6 route", check=False).stdout
+                state = node.run("ip xfrm state list nokeys; ip xfrm policy; ip route; ip -6 route", check=False).stdout
                 log = re.sub(r"\x1b\[[0-9;]*m", "", node.log())
                 report.sections.append((f"{node}: log", log[-6000:]))
                 report.sections.append((f"{node}: counters", f"{node.xfrm_stat()}"))

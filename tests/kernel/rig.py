@@ -1,9 +1,10 @@
 """A mesh of nodes on this kernel, for tests: the topology of deploy/lab, its daemons, pods and wire.
 
     lab = make_lab(3)                        # the fixture of conftest.py: watched, and taken down after the test
-    lab.start("--lease-dir", lab.lease_dir)  # a daemon on every node
-    lab.pods()                               # a pod on every node, as soon as its subnet.env is there
-    lab.pod(1).ping(lab.pod(2))
+    lab.configure(UDPEncap=True)             # net-conf.json and a PSK
+    lab.start()                              # a daemon on every node, until each has every other up
+    lab.pods()                               # a pod on every node
+    assert lab.pod(1).ping(lab.pod(2)) == 1
     lab.wire.assert_clean()                  # also done after every test
 
 Numbers of nodes begin at 1, as in deploy/lab."""
@@ -87,9 +88,10 @@ class Place:
         answer = re.search(r"(\d+) received", done.stdout)
         return int(answer.group(1)) if answer else 0
 
-    def listen(self, port=8080, family=4, address=None):
-        """A TCP and UDP server that answers each caller with the address it sees: use in a `with`. See `ask`."""
-        return Answering(self, port, family, address)
+    def listen(self, port=8080):
+        """A TCP and UDP server, of both families, that answers each caller with the address it sees: use in a `with`.
+        See `ask`."""
+        return Answering(self, port)
 
     def ask(self, target, port=8080, family=4, kind="tcp", timeout=3, source=None, payload=MARKER):
         """Calls such a server: the address that it saw us come from. OSError if no answer. payload: without the marker
@@ -215,6 +217,14 @@ class Node(Place):
         """What `ringmail status --json` says."""
         return json.loads(self.ringmail("status", "--json"))
 
+    def peers(self, state):
+        """The names of the peers that `status` shows in a state: up, moving, kept, waiting, refused."""
+        return {peer["node"] for peer in self.status()["peers"] if peer["state"] == state}
+
+    def audit(self):
+        """What `ringmail audit --json` says, whatever its exit code."""
+        return json.loads(self.ringmail("audit", "--json", check=False).stdout)
+
     def sas(self):
         """The kernel's SAs as [{source, destination, spi, reqid}], without their keys."""
         found = []
@@ -241,15 +251,14 @@ class Pod(Place):
 class Answering:
     """The server of Place.listen, in threads of this process, with sockets in the other namespace."""
 
-    def __init__(self, place, port, family, address):
-        kind = socket.AF_INET if family == 4 else socket.AF_INET6
-        at = (address or ("0.0.0.0" if family == 4 else "::"), port)
+    def __init__(self, place, port):
         self.callers = collections.Counter()
-        self._tcp = netns.make_socket(place.namespace, kind, socket.SOCK_STREAM)
-        self._udp = netns.make_socket(place.namespace, kind, socket.SOCK_DGRAM)
+        self._tcp = netns.make_socket(place.namespace, socket.AF_INET6, socket.SOCK_STREAM)
+        self._udp = netns.make_socket(place.namespace, socket.AF_INET6, socket.SOCK_DGRAM)
         self._tcp.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         for one in (self._tcp, self._udp):
-            one.bind(at)
+            one.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, 0)
+            one.bind(("::", port))
             one.settimeout(0.1)
         self._tcp.listen(64)
         self._over = threading.Event()
@@ -267,6 +276,11 @@ class Answering:
         self._tcp.close()
         self._udp.close()
 
+    def _note(self, address):
+        seen = address[0].removeprefix("::ffff:")
+        self.callers[seen] += 1
+        return seen.encode()
+
     def _serve_tcp(self):
         while not self._over.is_set():
             try:
@@ -277,8 +291,7 @@ class Answering:
                 try:
                     caller.settimeout(3)
                     caller.recv(1000)
-                    self.callers[address[0]] += 1
-                    caller.sendall(address[0].encode())
+                    caller.sendall(self._note(address))
                 except OSError:
                     continue
 
@@ -286,8 +299,7 @@ class Answering:
         while not self._over.is_set():
             try:
                 _, address = self._udp.recvfrom(2000)
-                self.callers[address[0]] += 1
-                self._udp.sendto(address[0].encode(), address)
+                self._udp.sendto(self._note(address), address)
             except OSError:
                 continue
 
@@ -302,7 +314,7 @@ class Lab:
         for node in self.nodes if keywatch else []:
             keywatch.attach(node.namespace, node.namespace, [node.address(4), node.address(6)])
         self.wire = Wire(f"{name}-wire")
-        self.lease_dir = str(STATE / name / "leases")
+        self.lease_dir, self.psk_file = str(STATE / name / "leases"), str(STATE / name / "psk")
         os.makedirs(self.lease_dir)
 
     def call(self, verb, *arguments, env=None):
@@ -318,12 +330,41 @@ class Lab:
     def pod(self, number):
         return Pod(self, number)
 
+    def configure(self, network="10.244.0.0/16", network6=None, psk=None, **backend):
+        """Writes net-conf.json into the folder of leases and a PSK (a new one, if none is given) into `psk_file`.
+        network6 alone: give network=None."""
+        conf = {"Backend": {"Type": "ipsec", **backend}}
+        conf |= {"Network": network} if network else {"EnableIPv4": False}
+        conf |= {"EnableIPv6": True, "IPv6Network": network6} if network6 else {}
+        pathlib.Path(self.lease_dir, "net-conf.json").write_text(json.dumps(conf))
+        self.write_psk(psk or subprocess.run([program(), "keygen"], stdout=subprocess.PIPE, check=True).stdout)
+
+    def write_psk(self, psk, path=None):
+        """A PSK file that only root reads: the lab's own, or another."""
+        path = pathlib.Path(path or self.psk_file)
+        path.touch(mode=0o600)
+        path.write_bytes(psk)
+        return str(path)
+
+    @property
+    def flags(self):
+        """What every daemon of the lab is given."""
+        return ["--lease-dir", self.lease_dir, "--psk-file", self.psk_file]
+
     def start(self, *flags):
-        """A daemon on every node, and waits until each is ready."""
+        """A daemon on every node, waits until each is ready, and until each has every other up."""
         for node in self.nodes:
-            node.start(*flags)
+            node.start(*self.flags, *flags)
         for node in self.nodes:
             node.ready()
+        self.meshed()
+
+    def meshed(self, nodes=None, timeout=20):
+        """Waits until each of the nodes (all) shows every other of them as up."""
+        nodes = nodes or self.nodes
+        for node in nodes:
+            others = {str(other) for other in nodes if other is not node}
+            eventually(f"{node} has {sorted(others)} up", lambda: others <= node.peers("up"), timeout)  # noqa: B023
 
     def pods(self):
         """The pods of all nodes."""

@@ -19,7 +19,7 @@ from frames import Kinds, describe, packed
 ETH_P_ALL = 3
 SOL_PACKET, PACKET_STATISTICS = 263, 6
 SO_ATTACH_FILTER, SO_RCVBUFFORCE = 26, 33
-SAMPLES_A_TICK, TICK = 200, 0.05
+SAMPLES_A_TICK, TICK = 40, 0.05
 
 # Classic BPF: (code, jump if true, jump if false, k); a jump is a label, an end (accept, drop), or None for the next.
 LD_B, LD_H, LD_W, LDX_IP, LD_H_X = 0x30, 0x28, 0x20, 0xB1, 0x48
@@ -91,18 +91,19 @@ class Wire:
         self._lock = threading.Lock()
         self._stop = threading.Event()
         wire_index = netns.within(namespace, lambda: socket.if_nametoindex("wire"))
-        self._rest = self._listen(*bpf(False, wire_index))
-        self._tunnel = self._listen(*bpf(True, wire_index))
+        self._rest = self._listen(*bpf(False, wire_index), buffer=16 << 20)
+        # A small one: what is sampled is then recent.
+        self._tunnel = self._listen(*bpf(True, wire_index), buffer=64 << 10)
         self._injector = netns.make_socket(namespace, socket.AF_PACKET, socket.SOCK_RAW, 0)
         self._thread = threading.Thread(target=self._watch, name="wire", daemon=True)
         self._thread.start()
 
-    def _listen(self, program, length):
+    def _listen(self, program, length, buffer):
         # Protocol 0: nothing comes in before the filter stands.
         listener = netns.make_socket(self.namespace, socket.AF_PACKET, socket.SOCK_RAW, 0)
         code = ctypes.create_string_buffer(program)
         listener.setsockopt(socket.SOL_SOCKET, SO_ATTACH_FILTER, struct.pack("HP", length, ctypes.addressof(code)))
-        listener.setsockopt(socket.SOL_SOCKET, SO_RCVBUFFORCE, 16 << 20)
+        listener.setsockopt(socket.SOL_SOCKET, SO_RCVBUFFORCE, buffer)
         listener.setblocking(False)
         any_interface = struct.pack("@HHiHBB8s", socket.AF_PACKET, socket.htons(ETH_P_ALL), 0, 0, 0, 0, b"")
         if ctypes.CDLL(None, use_errno=True).bind(listener.fileno(), any_interface, len(any_interface)) != 0:

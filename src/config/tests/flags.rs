@@ -336,7 +336,7 @@ fn what_has_no_effect_is_warned_of_only_where_it_was_given() {
         DIR,
         "--iptables-forward-rules=false",
         "--kubeconfig-file=/k",
-        "--iptables-resync=7",
+        "--healthz-port=8081",
         "--vmodule=x=1",
     ]);
     let warnings = flags.warnings();

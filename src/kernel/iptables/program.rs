@@ -28,7 +28,7 @@ impl Programs {
     /// The plain ones if they can change every table that we use, else `-legacy`, else `-nft`: what the administrator
     /// chose goes first, since rules of two kinds on one node surprise everyone.
     pub(super) fn find(family: Family) -> Result<Self, Error> {
-        let path = std::env::var("PATH").unwrap_or_else(|_| USUAL_PATH.to_owned());
+        let path = std::env::var_os("PATH").unwrap_or_else(|| USUAL_PATH.into());
         let installed = |name: &str| {
             std::env::split_paths(&path)
                 .map(|dir| dir.join(name))
@@ -47,6 +47,7 @@ impl Programs {
                 Err(error) => last = Some(error),
             }
         }
+        let path = path.to_string_lossy().into_owned();
         Err(last.unwrap_or(Error::Missing { family, path }))
     }
 
