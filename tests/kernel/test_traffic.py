@@ -84,7 +84,7 @@ def test_nodes_and_pods_reach_each_other_and_are_seen_by_their_mesh_address(mesh
     others = {f"cni0 of {number}": mesh.bridge(number, family) for number in (2, 3)}
     others |= {f"base of {number}": mesh.base(number, family) for number in (2, 3)}
     assert not unanswered({"pod1": mesh.pod(1), "node1": mesh.node(1)}, others, family)
-    with mesh.pod(2).listen(8081, family):
+    with mesh.pod(2).listen(8081):
         for kind in ("tcp", "udp"):
             seen = mesh.node(1).ask(mesh.pod(2), 8081, family, kind)
             assert seen == mesh.base(1, family), "a node is seen by its base address"
@@ -93,7 +93,7 @@ def test_nodes_and_pods_reach_each_other_and_are_seen_by_their_mesh_address(mesh
         # A program on the node that has bound itself to the uplink's address.
         bound = mesh.node(1).ask(mesh.pod(2), 8081, family, source=mesh.node(1).address(family))
         assert bound == mesh.base(1, family)
-    with mesh.node(1).listen(8082, family):
+    with mesh.node(1).listen(8082):
         for address in (mesh.bridge(1, family), mesh.node(1).address(family)):
             assert mesh.pod(1).ask(address, 8082, family) == mesh.pod(1).address(family)
 
@@ -106,7 +106,7 @@ def test_two_pods_of_a_node_talk_without_the_wire(mesh, family):
     before = mesh.wire.tunnelled
     assert not unanswered(places, {name: place.address(family) for name, place in places.items()}, family)
     # Through the node too: as with a service, or a CNI plugin without a bridge.
-    with mesh.neighbour.listen(8083, family):
+    with mesh.neighbour.listen(8083):
         service = "10.96.0.9" if family == 4 else "fd00:96::9"
         mesh.node(1).dnat(service, 80, mesh.neighbour.address(family), 8083)
         assert mesh.node(1).ask(mesh.neighbour, 8083, family) == mesh.bridge(1, family)
@@ -119,7 +119,7 @@ def test_two_pods_of_a_node_talk_without_the_wire(mesh, family):
 def test_a_service_answers_pods_and_nodes(mesh, family):
     service = "10.96.0.1" if family == 4 else "fd00:96::1"
     node, target = mesh.node(1), mesh.pod(2)
-    with target.listen(8084, family):
+    with target.listen(8084):
         for chain in ("PREROUTING", "OUTPUT"):
             for protocol in ("tcp", "udp"):
                 node.dnat(service, 80, target.address(family), 8084, chain, protocol)
@@ -138,7 +138,7 @@ def test_a_nodeport_answers_from_a_pod_of_another_node(mesh, outsider, family, m
         to = target.address(family) if family == 4 else f"[{target.address(family)}]"
         node.iptables(f"-t nat -A PREROUTING -i eth0 -p tcp --dport {port} -j DNAT --to-destination {to}:8085", family)
     before = mesh.wire.tunnelled
-    with target.listen(8085, family):
+    with target.listen(8085):
         for _ in range(5):
             seen = outsider.ask(node, port, family, payload=b"from outside")
             assert seen == mesh.base(1, family), "the pod's answer must come back through the node that translated"
@@ -151,13 +151,13 @@ def test_a_nodeport_of_an_own_pod_shows_the_caller(mesh, outsider, family):
     to = mesh.pod(2).address(family) if family == 4 else f"[{mesh.pod(2).address(family)}]"
     rule = f"-t nat -A PREROUTING -i eth0 -p tcp --dport 30082 -j DNAT --to-destination {to}:8086"
     mesh.node(2).iptables(rule, family)
-    with mesh.pod(2).listen(8086, family):
+    with mesh.pod(2).listen(8086):
         assert outsider.ask(mesh.node(2), 30082, family, payload=b"from outside") == outsider.address(family)
 
 
 @BOTH
 def test_pods_are_masqueraded_outside_the_mesh_and_only_there(mesh, outsider, family):
-    with outsider.listen(8087, family), mesh.pod(1).listen(8087, family):
+    with outsider.listen(8087), mesh.pod(1).listen(8087):
         seen = mesh.pod(3).ask(outsider, 8087, family, payload=b"to outside")
         assert seen == mesh.node(3).address(family), "node 3 runs with --ip-masq"
         assert mesh.pod(3).ask(mesh.pod(1), 8087, family) == mesh.pod(3).address(family)
