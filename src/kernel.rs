@@ -37,8 +37,6 @@ pub mod priority {
     pub const PROBE: u32 = 0x7269_0100;
     /// A peer's data.
     pub const PEER: u32 = 0x7269_0200;
-    /// Guard: our own subnet as the source of what comes in on the uplink.
-    pub const SPOOF: u32 = 0x7269_0300;
     /// Guard: what stays on the node.
     pub const LOCAL: u32 = 0x7269_0400;
     /// Guard: all the rest of the Network.
@@ -60,8 +58,6 @@ pub fn reqid_slot(reqid: u32) -> Option<keys::Slot> {
 /// Which guard policy; in the order of making, so that nothing is open or shut wrongly in between.
 #[derive(Clone, Copy, Debug, Eq, Ord, PartialEq, PartialOrd)]
 pub enum Guard {
-    /// Blocks our own subnet as a source on the uplink.
-    Spoof,
     /// Allows what stays on the node.
     Local,
     /// Blocks the rest of the Network.
@@ -72,7 +68,6 @@ impl Guard {
     /// The priority that stands for it in the kernel.
     pub const fn priority(self) -> u32 {
         match self {
-            Self::Spoof => priority::SPOOF,
             Self::Local => priority::LOCAL,
             Self::Block => priority::BLOCK,
         }
@@ -80,7 +75,7 @@ impl Guard {
 
     /// The guard that `priority` stands for.
     pub fn of_priority(priority: u32) -> Option<Self> {
-        [Self::Spoof, Self::Local, Self::Block]
+        [Self::Local, Self::Block]
             .into_iter()
             .find(|guard| guard.priority() == priority)
     }

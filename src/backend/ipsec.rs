@@ -69,18 +69,15 @@ pub fn node(facts: &NodeFacts) -> Objects {
         objects.insert(Key::GuardRoute(net), Object::Unreachable);
         // Local policies come first: a block alone would cut pods off from their own node.
         if let Some(own) = facts.own.and_then(|own| own.iter().find(|subnet| net.contains(subnet))) {
-            if let Some((_, uplink)) = &facts.uplink {
-                for direction in [Direction::In, Direction::Fwd] {
-                    guard(&mut objects, Guard::Spoof, direction, own, any(net), *uplink);
-                }
-            }
-            guard(&mut objects, Guard::Local, Direction::In, own, any(net), 0);
-            guard(&mut objects, Guard::Local, Direction::Fwd, own, any(net), 0);
-            guard(&mut objects, Guard::Local, Direction::Out, any(net), own, 0);
+            // No policy can tell our pods from who claims to be one: a policy's device is the one that the packet
+            // leaves by (net/xfrm/xfrm_policy.c, `decode_session4`). The firewall sees where it came in.
+            guard(&mut objects, Guard::Local, Direction::In, own, any(net));
+            guard(&mut objects, Guard::Local, Direction::Fwd, own, any(net));
+            guard(&mut objects, Guard::Local, Direction::Out, any(net), own);
         }
-        guard(&mut objects, Guard::Block, Direction::In, net, any(net), 0);
-        guard(&mut objects, Guard::Block, Direction::Fwd, net, any(net), 0);
-        guard(&mut objects, Guard::Block, Direction::Out, any(net), net, 0);
+        guard(&mut objects, Guard::Block, Direction::In, net, any(net));
+        guard(&mut objects, Guard::Block, Direction::Fwd, net, any(net));
+        guard(&mut objects, Guard::Block, Direction::Out, any(net), net);
     }
     if let Some((uplink, _)) = &facts.uplink {
         let own = facts.own.unwrap_or_default();
@@ -109,21 +106,11 @@ pub fn node(facts: &NodeFacts) -> Objects {
     objects
 }
 
-fn guard(objects: &mut Objects, which: Guard, direction: Direction, src: IpNet, dst: IpNet, ifindex: u32) {
-    let id = PolicyId {
-        direction,
-        selector: Selector {
-            src,
-            dst,
-            protocol: 0,
-            sport: None,
-            dport: None,
-            ifindex,
-        },
-    };
+fn guard(objects: &mut Objects, which: Guard, direction: Direction, src: IpNet, dst: IpNet) {
+    let id = between(direction, src, dst);
     let action = match which {
         Guard::Local => Action::Allow,
-        Guard::Spoof | Guard::Block => Action::Block,
+        Guard::Block => Action::Block,
     };
     let policy = Policy {
         id,

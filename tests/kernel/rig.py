@@ -93,8 +93,9 @@ class Place:
         See `ask`."""
         return Answering(self, port)
 
-    def ask(self, target, port=8080, family=4, kind="tcp", timeout=3, source=None):
-        """Calls such a server: the address that it saw us come from. OSError if no answer."""
+    def ask(self, target, port=8080, family=4, kind="tcp", timeout=3, source=None, payload=MARKER):
+        """Calls such a server: the address that it saw us come from. OSError if no answer. payload: without the marker
+        where the call is one that the wire may show, as from outside the mesh."""
         address = target if isinstance(target, str) else target.address(family)
         kind = {"tcp": socket.SOCK_STREAM, "udp": socket.SOCK_DGRAM}[kind]
         with netns.make_socket(self.namespace, socket.AF_INET6 if ":" in address else socket.AF_INET, kind) as caller:
@@ -102,7 +103,7 @@ class Place:
             if source:
                 caller.bind((source, 0))
             caller.connect((address, port))
-            caller.sendall(MARKER)
+            caller.sendall(payload)
             return caller.recv(1000).decode()
 
     def iperf(self, target, seconds=2, streams=1, family=4, arguments=()):
@@ -113,6 +114,7 @@ class Place:
             listening = lambda: f":{5201:04X} " in netns.read(target.namespace, "tcp6")  # noqa: E731
             eventually("iperf3 listens", listening, 5, 0.05)
             report = json.loads(self.run(command, timeout=seconds + 30))
+            assert "error" not in report, report["error"]
             return report["end"]["sum_received"]["bits_per_second"] / 1e9
         finally:
             server.kill()

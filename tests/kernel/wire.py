@@ -179,7 +179,7 @@ class Wire:
         wanted = packed(source) + packed(destination)
         while time.monotonic() < end:
             self.settle(0.05)
-            for frame in reversed(self.tunnel):
+            for frame in reversed(list(self.tunnel)):
                 if frame.data[26:34] == wanted or frame.data[22:54] == wanted:
                     return frame
         raise AssertionError(f"no tunnel frame from {source} to {destination} in {timeout} s")

@@ -352,14 +352,9 @@ fn route_keys(net: IpNet) -> [Key; 2] {
 }
 
 /// Every key of ours that a policy with this id can have.
-fn policy_keys(id: PolicyId) -> [Key; 4] {
+fn policy_keys(id: PolicyId) -> [Key; 3] {
     let guard = |guard| Key::Guard(guard, id);
-    [
-        Key::Policy(id),
-        guard(Guard::Block),
-        guard(Guard::Local),
-        guard(Guard::Spoof),
-    ]
+    [Key::Policy(id), guard(Guard::Block), guard(Guard::Local)]
 }
 
 /// Whether its SPI is one that we would make.

@@ -139,7 +139,7 @@ fn mischief() -> Vec<String> {
         format!("xfrm policy delete {guard}"),
         format!("xfrm policy update {policy} priority {} {MARKED}", priority::PEER),
         format!("xfrm policy update {guard} action allow priority {}", priority::BLOCK),
-        format!("xfrm policy update {guard} action block priority {}", priority::SPOOF),
+        format!("xfrm policy update {guard} action block priority {}", priority::LOCAL),
         format!("xfrm policy add dir out src 10.9.0.0/16 dst 10.8.0.0/16 {MARKED}"),
     ])
     .collect()
