@@ -101,7 +101,7 @@ impl Drop for SetOnDrop<'_> {
 
 #[test]
 #[ignore = "needs root: tests/run runs it"]
-fn an_nf_tables_transaction_happens_whole_or_not_at_all() {
+fn nft_transactions_happen_whole_or_not_at_all() {
     own_namespace();
     let mut netfilter = Connection::open(Protocol::Netfilter).unwrap();
     let general = |family: u8, resource: u16| [&[family, 0][..], &resource.to_be_bytes()].concat();
