@@ -66,6 +66,7 @@ impl Site {
             mtu: None,
             masquerade: true,
             random_fully: true,
+            advertisements: false,
             directed: false,
         };
         let mut reconciler = Reconciler::new(kernel, |left| Node::new(settings, left))?;
