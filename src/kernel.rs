@@ -89,14 +89,14 @@ impl Guard {
 /// What the kernel indexes an object by, in the order of making.
 #[derive(Clone, Debug, Eq, Ord, PartialEq, PartialOrd)]
 pub enum Key {
-    /// A sysctl: its path below /proc/sys.
-    Sysctl(String),
-    /// Our firewall table or chains.
-    Firewall,
     /// The unreachable route of a whole range.
     GuardRoute(IpNet),
     /// A guard policy.
     Guard(Guard, PolicyId),
+    /// Our firewall table or chains.
+    Firewall,
+    /// A sysctl: its path below /proc/sys. What forwards comes after what guards: pods may be sending already.
+    Sysctl(String),
     /// A network device.
     Link(String),
     /// An address of a device.
@@ -113,10 +113,10 @@ pub enum Key {
 #[derive(Clone, Copy, Debug, Eq, Ord, PartialEq, PartialOrd)]
 #[expect(missing_docs, reason = "each is the variant of Key of the same name")]
 pub enum Kind {
-    Sysctl,
-    Firewall,
     GuardRoute,
     Guard,
+    Firewall,
+    Sysctl,
     Link,
     Address,
     Sa,
