@@ -117,7 +117,7 @@ pub struct Flags {
     /// The port of health; 0 is off.
     #[arg(long, value_name = "PORT", default_value = "0", value_parser = port)]
     pub healthz_port: u16,
-    /// flannel's period of iptables checks, in seconds.
+    /// How often iptables, which tells nobody of changes, is looked at, in seconds.
     #[arg(long, value_name = "SECONDS", default_value = "5", value_parser = seconds)]
     pub iptables_resync: u32,
     /// flannel's accept rules for forwarded packets.
@@ -254,11 +254,6 @@ impl Flags {
                 self.subnet_lease_renew_margin != 60,
                 "concerns the etcd store alone",
             ),
-            (
-                "ip-masq-fully-random-disable",
-                self.ip_masq_fully_random_disable,
-                "has no effect in this version",
-            ),
             ("kube-api-url", self.kube_api_url.is_some(), kube),
             ("kubeconfig-file", self.kubeconfig_file.is_some(), kube),
             (
@@ -267,11 +262,6 @@ impl Flags {
                 kube,
             ),
             ("set-node-network-unavailable", !self.set_node_network_unavailable, kube),
-            (
-                "iptables-resync",
-                self.iptables_resync != 5,
-                "has no effect: what is changed by hand is mended at once",
-            ),
             (
                 "iptables-forward-rules",
                 !self.iptables_forward_rules,
