@@ -304,15 +304,16 @@ impl Turn {
             self.previous = self.previous.max(epoch);
             self.outputs.lease.send_replace(Some(lease));
         }
-        let holding = self.inputs.holding.borrow().clone();
+        // What the node had before this turn's pass: a lease that came during it has no device yet.
+        let subnets = self.reconciler.node.subnets();
         let broken = self.reconciler.failures().any(|(scope, _)| *scope == Scope::Node);
-        let (Some(holding), Some(mtu), false) = (holding, self.reconciler.node.mtu(), broken) else {
+        let (Some(subnets), Some(mtu), false) = (subnets, self.reconciler.node.mtu(), broken) else {
             return;
         };
         let settings = self.reconciler.node.settings();
         let env = SubnetEnv {
             network: settings.network,
-            subnets: holding.subnets,
+            subnets,
             mtu,
             ip_masq: settings.masquerade,
         };
@@ -320,7 +321,7 @@ impl Turn {
             Ok(Written::Unchanged) => self.subnet_env_error = None,
             Ok(_) => {
                 self.subnet_env_error = None;
-                info!(file = %self.outputs.subnet_file.display(), subnets = %holding.subnets, mtu, "wrote subnet.env");
+                info!(file = %self.outputs.subnet_file.display(), %subnets, mtu, "wrote subnet.env");
             }
             Err(error) => {
                 let text = chain(&error);
