@@ -195,6 +195,16 @@ impl<D: Datapath> Reconciler<D> {
     fn forget(&mut self, key: &Key) {
         let Some(object) = self.actual.remove(key) else { return };
         self.touched(key);
+        if let Key::Link(link) = key {
+            // Its addresses and routes went with it; once another device has its name, nothing tells of them.
+            let hung = |other: &&Key| match other {
+                Key::Address(device, _) => device == link,
+                other => other.kind() == Kind::Route,
+            };
+            for other in self.actual.keys().filter(hung).cloned().collect::<Vec<_>>() {
+                self.forget(&other);
+            }
+        }
         if let (Key::Sa(id), Object::Sa { born, .. }, Some(Scope::Peer(name))) = (key, object, self.owner.get(key)) {
             let name = name.clone();
             self.node.lost(&name, id, born);

@@ -71,6 +71,8 @@ pub(super) struct Outcome {
 
 pub(super) fn run(arguments: &Arguments) -> Result<Shown, Failure> {
     let Arguments { common, .. } = arguments;
+    // The claim makes the folder where it is missing, and that is nothing to tell of.
+    let folder_was_there = common.run_dir.exists();
     // Held to the end, so that no daemon starts in between.
     let single = Single::claim(&common.run_dir).map_err(|error| {
         let error = anyhow::Error::from(error);
@@ -85,7 +87,7 @@ pub(super) fn run(arguments: &Arguments) -> Result<Shown, Failure> {
     let subnets = release_lease(arguments, note.as_ref(), &mut outcome);
     remove_subnet_env(arguments, note.as_ref(), subnets, &mut outcome);
     drop(single);
-    remove_run_files(&common.run_dir, &mut outcome);
+    remove_run_files(&common.run_dir, folder_was_there, &mut outcome);
     let code = match (outcome.failed.is_empty(), outcome.store_failed) {
         (true, _) => 0,
         (false, true) => 69,
@@ -238,12 +240,12 @@ fn remove_subnet_env(arguments: &Arguments, note: Option<&Remembered>, own: Subn
     }
 }
 
-fn remove_run_files(run_dir: &Path, outcome: &mut Outcome) {
+fn remove_run_files(run_dir: &Path, folder_was_there: bool, outcome: &mut Outcome) {
     for name in ["control.sock", "control.new", "state.json", "state.new"] {
         remove(&run_dir.join(name), outcome);
     }
     // Only where it is empty: whatever else is in there is not ours.
-    if fs::remove_dir(run_dir).is_ok() {
+    if fs::remove_dir(run_dir).is_ok() && folder_was_there {
         outcome.files.push(run_dir.into());
     }
 }

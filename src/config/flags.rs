@@ -117,7 +117,7 @@ pub struct Flags {
     /// The port of health; 0 is off.
     #[arg(long, value_name = "PORT", default_value = "0", value_parser = port)]
     pub healthz_port: u16,
-    /// flannel's period of iptables checks, in seconds.
+    /// How often iptables, which tells nobody of changes, is looked at, in seconds.
     #[arg(long, value_name = "SECONDS", default_value = "5", value_parser = seconds)]
     pub iptables_resync: u32,
     /// flannel's accept rules for forwarded packets.

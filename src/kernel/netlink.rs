@@ -52,6 +52,9 @@ pub struct Options {
 /// Why the kernel can't be talked to.
 #[derive(Debug, thiserror::Error)]
 pub enum OpenError {
+    /// We may not program the kernel's network.
+    #[error("CAP_NET_ADMIN is missing: run as root or grant it")]
+    Capability,
     /// No socket for IPsec.
     #[error("talk to the kernel's IPsec: where this kernel lacks it, load it with `modprobe xfrm_user`")]
     Xfrm(#[source] xfrm::Error),
@@ -81,6 +84,9 @@ impl Netlink {
     /// Opens the sockets; changes nothing.
     pub fn open(options: &Options) -> Result<Self, OpenError> {
         let Options { prefer_nft } = options;
+        if !may_administrate() {
+            return Err(OpenError::Capability);
+        }
         Ok(Self {
             xfrm: Xfrm::open().map_err(OpenError::Xfrm)?,
             route: Connection::open(Protocol::Route).map_err(OpenError::Route)?,
@@ -201,6 +207,16 @@ impl Datapath for Netlink {
     fn counters(&mut self) -> Result<BTreeMap<SaId, Counters>, WriteError> {
         ipsec::counters(&mut self.xfrm)
     }
+}
+
+/// Whether this thread has CAP_NET_ADMIN; true where /proc does not tell.
+fn may_administrate() -> bool {
+    /// include/uapi/linux/capability.h
+    const CAP_NET_ADMIN: u32 = 12;
+    let status = std::fs::read_to_string("/proc/thread-self/status").unwrap_or_default();
+    let effective = status.lines().find_map(|line| line.strip_prefix("CapEff:"));
+    let effective = effective.and_then(|mask| u64::from_str_radix(mask.trim(), 16).ok());
+    effective.is_none_or(|mask| mask & (1 << CAP_NET_ADMIN) != 0)
 }
 
 fn ops(writes: Vec<Write>) -> Vec<Op> {

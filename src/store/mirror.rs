@@ -1,8 +1,8 @@
 //! What the files of a store folder say, kept as a roster.
 //!
 //! A [`Mirror`] reads only the files it is told of, or those whose stamp differs. It is slow to believe in a loss: a
-//! lease leaves the roster when its file is still gone, or still no lease, [`SETTLE`] later. A folder that is being
-//! removed, or a file that is being rewritten in place, looks just like nodes that leave.
+//! lease leaves the roster when its file is still gone [`SETTLE`] later; a folder that is being removed looks just like
+//! nodes that leave. A file that is no lease any more is named, and what it said last stays.
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::ffi::{OsStr, OsString};
@@ -226,6 +226,7 @@ impl Mirror {
             Some(Entry::Lease { node, revision, .. }) => Some((node.clone(), *revision)),
             Some(Entry::Rejected { .. }) | None => None,
         };
+        let unreadable = matches!(found, Found::Unreadable { .. });
         let (entry, lease) = match (found, &before) {
             (Found::Lease { lease, revision, stamp }, _) => (
                 Some(Entry::Lease {
@@ -240,8 +241,12 @@ impl Mirror {
                 self.doubt(name, now);
                 return None;
             }
-            // It may be the lease still: what was read last stays.
-            (Found::Unreadable { reason }, Some((node, revision))) => {
+            // It may be the lease still, or was overwritten by someone who can only write to the store, which is no way
+            // to make a node leave: what was read last stays. The own lease is written again by its owner, which has
+            // to see that it is lost.
+            (Found::Unreadable { reason } | Found::Garbage { reason }, Some((node, revision)))
+                if unreadable || self.own.as_ref().is_none_or(|own| own.name != name) =>
+            {
                 let (node, trouble) = (node.clone(), Some(reason));
                 self.files.insert(
                     name.clone(),

@@ -14,6 +14,7 @@ sys.path.insert(0, os.path.dirname(__file__))
 
 from keywatch import KeyWatch  # noqa: E402
 from rig import Lab  # noqa: E402
+from running import measures  # noqa: E402
 
 _watches = []
 
@@ -82,6 +83,8 @@ def pytest_sessionstart():
 
 
 def pytest_terminal_summary(terminalreporter):
+    for measure in measures:
+        terminalreporter.write_line(f"measured: {measure}")
     for watch in _watches:
         outbound = [one for one in watch.programmed if one.outbound]
         distinct = len({one.key for one in outbound})
