@@ -8,7 +8,7 @@ use xfrm::{Action, Direction, Policy, PolicyId};
 
 use super::{Directory, explain};
 use crate::backend::ipsec::LINK;
-use crate::kernel::{Guard, Key, Object, Objects, priority};
+use crate::kernel::{Guard, Key, Object, Objects};
 
 /// Each way, one sentence with what else holds; in a fixed order.
 pub(super) fn ways(actual: &Objects, directory: &Directory) -> Vec<String> {
@@ -31,7 +31,7 @@ fn guard_of_network(actual: &Objects, net: IpNet, ways: &mut Vec<String>) {
         ));
     }
     for direction in [Direction::Out, Direction::In, Direction::Fwd] {
-        if blocked(actual, direction, net, 0, Guard::Block) {
+        if blocked(actual, direction, net) {
             continue;
         }
         ways.push(match direction {
@@ -52,30 +52,14 @@ fn guard_of_network(actual: &Objects, net: IpNet, ways: &mut Vec<String>) {
 }
 
 fn own_subnets(actual: &Objects, directory: &Directory, ways: &mut Vec<String>) {
-    let Some((uplink, index)) = &directory.uplink else {
-        if directory.own.iter().next().is_some() {
-            device(actual, ways);
-        }
-        return;
-    };
-    for own in directory.own.iter() {
-        for direction in [Direction::In, Direction::Fwd] {
-            if !blocked(actual, direction, own, *index, Guard::Spoof) {
-                ways.push(format!(
-                    "no block policy {} from {own} on {uplink}: a packet that comes in by {uplink} and claims a pod of \
-                     this node is taken; only the firewall stops it",
-                    name(direction)
-                ));
-            }
-        }
-    }
     if directory.own.iter().next().is_some() {
         device(actual, ways);
     }
+    let Some((uplink, _)) = &directory.uplink else { return };
     if !actual.contains_key(&Key::Firewall) {
         ways.push(format!(
-            "no firewall of ours: what goes over {uplink} unencrypted from or to a pod's address is not dropped there; \
-             only policies and routes stop it"
+            "no firewall of ours: a packet that comes in by {uplink} and claims a pod of this node is taken; what else \
+             goes over it unencrypted from or to a pod's address is stopped by policies and routes alone"
         ));
     }
 }
@@ -128,8 +112,8 @@ fn stays_on_node(id: &PolicyId, directory: &Directory) -> bool {
     directory.own.iter().any(|own| own.contains(&end))
 }
 
-/// Whether a policy of `guard` blocks all of `net`: as destination on the way out, as source on the way in.
-fn blocked(actual: &Objects, direction: Direction, net: IpNet, ifindex: u32, guard: Guard) -> bool {
+/// Whether a policy of the guard blocks all of `net`: as destination on the way out, as source on the way in.
+fn blocked(actual: &Objects, direction: Direction, net: IpNet) -> bool {
     let whole = |range: &IpNet| range.prefix_len() == 0;
     let covers = |id: &PolicyId| {
         let (end, other) = match direction {
@@ -137,22 +121,11 @@ fn blocked(actual: &Objects, direction: Direction, net: IpNet, ifindex: u32, gua
             Direction::In | Direction::Fwd => (id.selector.src, id.selector.dst),
         };
         let narrow = id.selector.protocol != 0 || id.selector.sport.is_some() || id.selector.dport.is_some();
-        id.direction == direction && end.contains(&net) && whole(&other) && !narrow && id.selector.ifindex == ifindex
+        id.direction == direction && end.contains(&net) && whole(&other) && !narrow && id.selector.ifindex == 0
     };
-    let blocks = |policy: &Policy| {
-        let in_time = policy.priority < priority::LOCAL || guard == Guard::Block;
-        policy.action == Action::Block && policy.template.is_none() && in_time
-    };
+    let blocks = |policy: &Policy| policy.action == Action::Block && policy.template.is_none();
     actual.iter().any(|(key, object)| match (key, object) {
         (Key::Guard(_, id), Object::Policy(policy)) => covers(id) && blocks(policy),
         _ => false,
     })
-}
-
-fn name(direction: Direction) -> &'static str {
-    match direction {
-        Direction::In => "in",
-        Direction::Fwd => "fwd",
-        Direction::Out => "out",
-    }
 }

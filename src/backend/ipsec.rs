@@ -67,20 +67,17 @@ pub fn node(facts: &NodeFacts) -> Objects {
     }
     for net in facts.network.nets() {
         objects.insert(Key::GuardRoute(net), Object::Unreachable);
-        // Local policies come first: a block alone would cut pods off from their own node.
+        // Local policies come first: a block alone would cut pods off from their own node. That our own subnet can't be
+        // a source on the uplink is the firewall's to see: a policy's interface is always the one that a packet leaves
+        // by (decode_session4), so one for `in` and `fwd` on the uplink would stop pods on their way out instead.
         if let Some(own) = facts.own.and_then(|own| own.iter().find(|subnet| net.contains(subnet))) {
-            if let Some((_, uplink)) = &facts.uplink {
-                for direction in [Direction::In, Direction::Fwd] {
-                    guard(&mut objects, Guard::Spoof, direction, own, any(net), *uplink);
-                }
-            }
-            guard(&mut objects, Guard::Local, Direction::In, own, any(net), 0);
-            guard(&mut objects, Guard::Local, Direction::Fwd, own, any(net), 0);
-            guard(&mut objects, Guard::Local, Direction::Out, any(net), own, 0);
+            guard(&mut objects, Guard::Local, Direction::In, own, any(net));
+            guard(&mut objects, Guard::Local, Direction::Fwd, own, any(net));
+            guard(&mut objects, Guard::Local, Direction::Out, any(net), own);
         }
-        guard(&mut objects, Guard::Block, Direction::In, net, any(net), 0);
-        guard(&mut objects, Guard::Block, Direction::Fwd, net, any(net), 0);
-        guard(&mut objects, Guard::Block, Direction::Out, any(net), net, 0);
+        guard(&mut objects, Guard::Block, Direction::In, net, any(net));
+        guard(&mut objects, Guard::Block, Direction::Fwd, net, any(net));
+        guard(&mut objects, Guard::Block, Direction::Out, any(net), net);
     }
     if let Some((uplink, _)) = &facts.uplink {
         let own = facts.own.unwrap_or_default();
@@ -109,7 +106,7 @@ pub fn node(facts: &NodeFacts) -> Objects {
     objects
 }
 
-fn guard(objects: &mut Objects, which: Guard, direction: Direction, src: IpNet, dst: IpNet, ifindex: u32) {
+fn guard(objects: &mut Objects, which: Guard, direction: Direction, src: IpNet, dst: IpNet) {
     let id = PolicyId {
         direction,
         selector: Selector {
@@ -118,7 +115,7 @@ fn guard(objects: &mut Objects, which: Guard, direction: Direction, src: IpNet, 
             protocol: 0,
             sport: None,
             dport: None,
-            ifindex,
+            ifindex: 0,
         },
     };
     let action = match which {
