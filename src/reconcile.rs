@@ -266,6 +266,10 @@ impl<D: Datapath> Reconciler<D> {
         info!(epoch = %number, ?cause, "a new epoch begins");
         self.node
             .begin_epoch(number, secret, now, f64::from(u16::from_be_bytes(jitter)) / 65536.0);
+        if self.complete {
+            // What the first look could not sweep because no peer was planned yet.
+            self.node.mark(Scope::Orphans);
+        }
         Some(cause)
     }
 
