@@ -318,7 +318,9 @@ impl<D: Datapath> Reconciler<D> {
             for scope in &scopes {
                 ops.extend(self.plan(scope).into_iter().map(|op| (scope.clone(), op)));
             }
-            let failed = self.write(order(ops), now);
+            // Without the guard nothing is opened, also while the node's own scope waits for its next try.
+            let guardless = self.failing.contains_key(&Scope::Node) && !scopes.contains(&Scope::Node);
+            let failed = self.write(order(ops), guardless, now);
             self.settle(&scopes, failed, now, &mut tried);
         }
     }
@@ -360,11 +362,11 @@ impl<D: Datapath> Reconciler<D> {
         ops
     }
 
-    /// Writes ordered operations, one batch for each run of one kind; returns the scopes that failed.
-    fn write(&mut self, ops: Vec<(Scope, Op)>, now: Duration) -> BTreeMap<Scope, String> {
+    /// Writes ordered operations, one batch for each run of one kind; returns the scopes that failed. Where the node is
+    /// `guardless`, its own scope counts as failed from the start.
+    fn write(&mut self, ops: Vec<(Scope, Op)>, guardless: bool, now: Duration) -> BTreeMap<Scope, String> {
         let mut failed: BTreeMap<Scope, String> = BTreeMap::new();
-        // Without the guard nothing is opened, also while the node's own scope waits for its next try.
-        if self.failing.contains_key(&Scope::Node) && !ops.iter().any(|(scope, _)| *scope == Scope::Node) {
+        if guardless {
             failed.insert(Scope::Node, String::new());
         }
         let mut ops = ops.into_iter().peekable();
