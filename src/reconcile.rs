@@ -273,21 +273,26 @@ impl<D: Datapath> Reconciler<D> {
         Some(cause)
     }
 
-    /// What our own epochs' numbers are modulo 64 in every SA that the kernel holds.
+    /// What our own epochs' numbers are modulo 64 in every SA that the kernel holds, in every policy that names one that
+    /// may be gone, and in what this process remembers: a new SA must not come to stand where an old one is still named.
     fn taken(&self) -> BTreeSet<u8> {
         let own = self.node.slot();
-        let sas = self.actual.iter().filter_map(|(key, object)| match (key, object) {
-            (Key::Sa(id), Object::Sa { sa, .. }) => reqid_slot(sa.reqid).and_then(|_| Spi(id.spi).parts().ok()),
+        let named = self.actual.values().filter_map(|object| match object {
+            Object::Sa { sa, .. } => Some((sa.reqid, sa.spi)),
+            Object::Policy(policy) => policy.template.map(|template| (template.reqid, template.spi)),
             _ => None,
         });
-        sas.map(|parts| {
-            if Some(parts.slot) == own {
-                parts.sender_mod64
-            } else {
-                parts.receiver_mod64
-            }
-        })
-        .collect()
+        let parts = named.filter_map(|(reqid, spi)| reqid_slot(reqid).and_then(|_| Spi(spi).parts().ok()));
+        parts
+            .map(|parts| {
+                if Some(parts.slot) == own {
+                    parts.sender_mod64
+                } else {
+                    parts.receiver_mod64
+                }
+            })
+            .chain(self.node.epochs().map(Epoch::mod64))
+            .collect()
     }
 
     /// Plans, compares and writes all that is dirty or due.
