@@ -87,5 +87,6 @@ pub(crate) fn settings(node: &str, network: Network) -> Settings {
         masquerade: true,
         random_fully: true,
         directed: false,
+        advertisements: true,
     }
 }
