@@ -55,7 +55,8 @@ impl fmt::Display for Generation {
 /// How long an inbound SA is kept after the peer said that it sends on a newer one: packets may still be under way.
 pub const DRAIN: Duration = Duration::from_secs(5);
 
-/// How long a silent peer keeps us from dropping all but the newest two of either side's epochs.
+/// How long a silent peer keeps us from dropping all but the newest two of either side's epochs, and what its data was
+/// last on.
 pub const SILENCE: Duration = Duration::from_secs(600);
 
 /// What an earlier process left in the kernel for this peer. Its keys are not known here; it serves until the first
@@ -263,9 +264,10 @@ impl Pair {
             let data = self.data;
             keep_newest_two(&mut self.own, data.map(|g| g.sender));
             keep_newest_two(&mut self.held, data.map(|g| g.receiver));
-            let (own, held) = (&self.own, &self.held);
+            // A peer without a daemon still sends, on what it last said.
+            let (own, held, said) = (&self.own, &self.held, self.said);
             self.inbound
-                .retain(|g, _| held.contains(&g.sender) && own.contains(&g.receiver));
+                .retain(|g, _| held.contains(&g.sender) && own.contains(&g.receiver) || Some(*g) == said);
             self.forget_unreachable();
         }
         before

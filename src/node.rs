@@ -437,6 +437,11 @@ impl Node {
         self.own.keys().next_back().copied()
     }
 
+    /// Every own epoch whose secret lives.
+    pub fn epochs(&self) -> impl Iterator<Item = Epoch> {
+        self.own.keys().copied()
+    }
+
     /// An epoch begins. `number` is above every earlier one. Publish [`Node::lease`] once a pass has made what this
     /// makes wanted: before, a peer could send what nobody can read.
     /// `jitter` in 0..1 shortens its life by up to a tenth, so that nodes do not rotate together.

@@ -276,24 +276,33 @@ impl<D: Datapath> Reconciler<D> {
         info!(epoch = %number, ?cause, "a new epoch begins");
         self.node
             .begin_epoch(number, secret, now, f64::from(u16::from_be_bytes(jitter)) / 65536.0);
+        if self.complete {
+            // What the first look could not sweep because no peer was planned yet.
+            self.node.mark(Scope::Orphans);
+        }
         Some(cause)
     }
 
-    /// What our own epochs' numbers are modulo 64 in every SA that the kernel holds.
+    /// What our own epochs' numbers are modulo 64 in every SA that the kernel holds, in every policy that names one that
+    /// may be gone, and in what this process remembers: a new SA must not come to stand where an old one is still named.
     fn taken(&self) -> BTreeSet<u8> {
         let own = self.node.slot();
-        let sas = self.actual.iter().filter_map(|(key, object)| match (key, object) {
-            (Key::Sa(id), Object::Sa { sa, .. }) => reqid_slot(sa.reqid).and_then(|_| Spi(id.spi).parts().ok()),
+        let named = self.actual.values().filter_map(|object| match object {
+            Object::Sa { sa, .. } => Some((sa.reqid, sa.spi)),
+            Object::Policy(policy) => policy.template.map(|template| (template.reqid, template.spi)),
             _ => None,
         });
-        sas.map(|parts| {
-            if Some(parts.slot) == own {
-                parts.sender_mod64
-            } else {
-                parts.receiver_mod64
-            }
-        })
-        .collect()
+        let parts = named.filter_map(|(reqid, spi)| reqid_slot(reqid).and_then(|_| Spi(spi).parts().ok()));
+        parts
+            .map(|parts| {
+                if Some(parts.slot) == own {
+                    parts.sender_mod64
+                } else {
+                    parts.receiver_mod64
+                }
+            })
+            .chain(self.node.epochs().map(Epoch::mod64))
+            .collect()
     }
 
     /// Plans, compares and writes all that is dirty or due.
@@ -324,7 +333,9 @@ impl<D: Datapath> Reconciler<D> {
             for scope in &scopes {
                 ops.extend(self.plan(scope).into_iter().map(|op| (scope.clone(), op)));
             }
-            let failed = self.write(order(ops), now);
+            // Without the guard nothing is opened, also while the node's own scope waits for its next try.
+            let guardless = self.failing.contains_key(&Scope::Node) && !scopes.contains(&Scope::Node);
+            let failed = self.write(order(ops), guardless, now);
             self.settle(&scopes, failed, now, &mut tried);
         }
     }
@@ -366,11 +377,11 @@ impl<D: Datapath> Reconciler<D> {
         ops
     }
 
-    /// Writes ordered operations, one batch for each run of one kind; returns the scopes that failed.
-    fn write(&mut self, ops: Vec<(Scope, Op)>, now: Duration) -> BTreeMap<Scope, String> {
+    /// Writes ordered operations, one batch for each run of one kind; returns the scopes that failed. Where the node is
+    /// `guardless`, its own scope counts as failed from the start.
+    fn write(&mut self, ops: Vec<(Scope, Op)>, guardless: bool, now: Duration) -> BTreeMap<Scope, String> {
         let mut failed: BTreeMap<Scope, String> = BTreeMap::new();
-        // Without the guard nothing is opened, also while the node's own scope waits for its next try.
-        if self.failing.contains_key(&Scope::Node) && !ops.iter().any(|(scope, _)| *scope == Scope::Node) {
+        if guardless {
             failed.insert(Scope::Node, String::new());
         }
         let mut ops = ops.into_iter().peekable();

@@ -52,15 +52,10 @@ fn guard_of_network(actual: &Objects, net: IpNet, ways: &mut Vec<String>) {
 }
 
 fn own_subnets(actual: &Objects, directory: &Directory, ways: &mut Vec<String>) {
-    let Some((uplink, _)) = &directory.uplink else {
-        if directory.own.iter().next().is_some() {
-            device(actual, ways);
-        }
-        return;
-    };
     if directory.own.iter().next().is_some() {
         device(actual, ways);
     }
+    let Some((uplink, _)) = &directory.uplink else { return };
     if !actual.contains_key(&Key::Firewall) {
         ways.push(format!(
             "no firewall of ours: what comes in by {uplink} unencrypted and claims a pod of this node is taken; what \

@@ -67,10 +67,10 @@ pub fn node(facts: &NodeFacts) -> Objects {
     }
     for net in facts.network.nets() {
         objects.insert(Key::GuardRoute(net), Object::Unreachable);
-        // Local policies come first: a block alone would cut pods off from their own node.
+        // Local policies come first: a block alone would cut pods off from their own node. That our own subnet can't be
+        // a source on the uplink is the firewall's to see: a policy's interface is always the one that a packet leaves
+        // by (decode_session4), so one for `in` and `fwd` on the uplink would stop pods on their way out instead.
         if let Some(own) = facts.own.and_then(|own| own.iter().find(|subnet| net.contains(subnet))) {
-            // No policy can tell our pods from who claims to be one: a policy's device is the one that the packet
-            // leaves by (net/xfrm/xfrm_policy.c, `decode_session4`). The firewall sees where it came in.
             guard(&mut objects, Guard::Local, Direction::In, own, any(net));
             guard(&mut objects, Guard::Local, Direction::Fwd, own, any(net));
             guard(&mut objects, Guard::Local, Direction::Out, any(net), own);

@@ -1,0 +1,167 @@
+//! Meshes of real nodes under everything that can happen to them, in an order that a seed tells.
+//!
+//! The world is simulated, the nodes are real: see `sim`. A failure prints its seed and its last steps;
+//! `RINGMAIL_SEED=N` runs that one alone, `RINGMAIL_STEPS=N` more or fewer steps for each.
+
+mod sim;
+
+use std::time::Duration;
+
+use ringmail::kernel::{Guard, Key, Kind};
+use ringmail::node::Cause;
+use sim::chaos::Chaos;
+use sim::kernel::Fault;
+use sim::make::Families;
+use sim::mesh::Mesh;
+
+#[test]
+fn three_nodes_come_to_their_newest_generations() {
+    for families in Families::ALL {
+        Mesh::settled("three nodes", families, 3);
+    }
+}
+
+fn number(variable: &str) -> Option<u64> {
+    std::env::var(variable).ok().and_then(|text| text.parse().ok())
+}
+
+/// Lets things happen to a mesh of `nodes` for each of `seeds`, and then comes to rest.
+fn explore(seeds: std::ops::Range<u64>, nodes: u32) {
+    let seeds = number("RINGMAIL_SEED").map_or(seeds, |seed| seed..seed + 1);
+    let steps = number("RINGMAIL_STEPS").unwrap_or(STEPS);
+    let mut count = std::collections::BTreeMap::new();
+    for seed in seeds {
+        let mut chaos = Chaos::new(seed, nodes);
+        for step in 1..=steps {
+            chaos.step();
+            // Twice on the way and at the end.
+            if step % (steps / 3).max(1) == 0 {
+                chaos.mesh.settle();
+            }
+        }
+        for (what, times) in &chaos.count {
+            *count.entry(*what).or_insert(0) += times;
+        }
+    }
+    println!("{nodes} nodes: {count:?}");
+}
+
+/// Steps for each seed.
+const STEPS: u64 = 300;
+
+#[test]
+fn two_nodes_never_lose_data_or_let_it_out_in_the_clear_whatever_happens() {
+    explore(0..45, 2);
+}
+
+#[test]
+fn three_nodes_never_lose_data_or_let_it_out_in_the_clear_whatever_happens() {
+    explore(1000..1020, 3);
+}
+
+#[test]
+fn five_nodes_never_lose_data_or_let_it_out_in_the_clear_whatever_happens() {
+    explore(2000..2006, 5);
+}
+
+#[test]
+fn a_rotation_takes_few_probes() {
+    for nodes in [2, 4, 6] {
+        let mut mesh = Mesh::settled("probes of a rotation", Families::V4, nodes);
+        let pairs = u64::from(nodes - 1);
+        let before = mesh.probes;
+        mesh.rotate(0, Cause::Asked);
+        mesh.run(Duration::from_secs(5));
+        let rotation = mesh.probes - before;
+        println!(
+            "{nodes} nodes: {rotation} probes for a rotation, {} for each peer",
+            rotation / pairs
+        );
+        assert!(rotation <= 24 * pairs, "{rotation} probes for {pairs} peers");
+        let before = mesh.probes;
+        mesh.stop(0);
+        mesh.start(0);
+        mesh.run(Duration::from_secs(5));
+        let restart = mesh.probes - before;
+        println!(
+            "{nodes} nodes: {restart} probes for a restart, {} for each peer",
+            restart / pairs
+        );
+        assert!(restart <= 24 * pairs, "{restart} probes for {pairs} peers");
+        mesh.settle();
+    }
+}
+
+#[test]
+fn a_restart_in_the_middle_of_a_rotation_leaves_no_sa_of_the_past() {
+    let mut mesh = Mesh::settled("restart in a rotation", Families::V4, 2);
+    mesh.rotate(0, Cause::Asked);
+    // Its probe is lost: the sending SA of the new epoch is there, and no data goes on it.
+    mesh.wire.clear();
+    mesh.stop(0);
+    mesh.start(0);
+    mesh.settle();
+}
+
+#[test]
+fn a_guard_that_was_made_though_its_answer_was_lost_counts_as_made() {
+    let mut mesh = Mesh::settled("answer lost", Families::V4, 2);
+    let block = mesh.members[0].kernel.look(|machine| {
+        let guard = |key: &&Key| matches!(key, Key::Guard(Guard::Block, _));
+        machine.objects.keys().find(guard).cloned().expect("it is there")
+    });
+    mesh.hurt(0, |kernel| {
+        kernel.remove_by_hand(&block);
+        kernel.with(|machine| machine.faults.insert(machine.log.len(), Fault::LostDone));
+    });
+    mesh.turn(0);
+    mesh.settle();
+}
+
+#[test]
+fn a_node_without_a_daemon_is_still_heard_after_others_rotated_twice() {
+    let mut mesh = Mesh::settled("daemon down", Families::V4, 2);
+    mesh.stop(1);
+    for _ in 0..3 {
+        mesh.rotate(0, Cause::Asked);
+        mesh.run(Duration::from_secs(700));
+    }
+    let flows = |x: usize, y: usize| mesh.views.borrow()[x].flows.contains(&y);
+    assert!(flows(1, 0) && flows(0, 1));
+    mesh.settle();
+}
+
+#[test]
+fn a_new_epoch_never_takes_the_spis_of_one_that_a_policy_still_names() {
+    let mut mesh = Mesh::settled("64 seconds", Families::V4, 2);
+    mesh.stop(1);
+    let next = Duration::from_secs(320);
+    mesh.run(next - mesh.now);
+    // The kernel shows nothing of the first epoch any more, which was 5 times 64 ago.
+    mesh.hurt(0, |kernel| kernel.flush_by_hand(Kind::Sa));
+    mesh.turn(0);
+    mesh.turn(0);
+    mesh.settle();
+}
+
+#[test]
+fn no_peer_is_opened_while_the_guard_can_not_be_made() {
+    let mut mesh = Mesh::new("no guard", Families::V4);
+    for _ in 0..2 {
+        mesh.add();
+    }
+    mesh.start(1);
+    let guard = Key::GuardRoute("10.244.0.0/16".parse().expect("a net"));
+    mesh.members[0]
+        .kernel
+        .with(|machine| machine.cursed.insert(guard.clone(), Fault::Refused));
+    mesh.start(0);
+    mesh.run(Duration::from_secs(120));
+    mesh.members[0].kernel.look(|machine| {
+        let open = |key: &&Key| matches!(key.kind(), Kind::Sa | Kind::Policy | Kind::Route);
+        assert_eq!(machine.objects.keys().find(open), None);
+        let tries = machine.log.iter().filter(|(op, _)| *op.key() == guard).count();
+        assert!((8..40).contains(&tries), "tried {tries} times in two minutes");
+    });
+    mesh.settle();
+}

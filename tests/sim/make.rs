@@ -1,0 +1,92 @@
+//! Networks, settings, uplinks and PSKs that tests begin with.
+
+use std::sync::Arc;
+use std::time::Duration;
+
+use keys::{Cipher, Encap, EncapMode, Psk, Slot};
+use ringmail::lease::{Addresses, Network, NodeName, Range, Subnets};
+use ringmail::node::Settings;
+use ringmail::uplink::Uplink;
+
+/// The families of a mesh.
+#[derive(Clone, Copy, Debug, Eq, PartialEq)]
+pub(crate) enum Families {
+    V4,
+    V6,
+    Both,
+}
+
+impl Families {
+    pub(crate) const ALL: [Self; 3] = [Self::V4, Self::V6, Self::Both];
+}
+
+/// 10.244.0.0/16 and fd00:10:244::/48, a /24 and a /64 a node.
+pub(crate) fn network(families: Families) -> Network {
+    let v4 = Range {
+        net: "10.244.0.0/16".parse().expect("a net"),
+        subnet_len: 24,
+        first: 1,
+        last: 255,
+    };
+    let v6 = Range {
+        net: "fd00:10:244::/48".parse().expect("a net"),
+        subnet_len: 64,
+        first: 1,
+        last: 255,
+    };
+    Network {
+        v4: (families != Families::V6).then_some(v4),
+        v6: (families != Families::V4).then_some(v6),
+    }
+}
+
+pub(crate) fn slot(number: u32) -> Slot {
+    Slot::new(number).expect("a small slot")
+}
+
+pub(crate) fn name(text: &str) -> NodeName {
+    NodeName::new(text).expect("a good name")
+}
+
+pub(crate) fn subnets(network: &Network, number: u32) -> Subnets {
+    network.subnets(slot(number)).expect("a slot of the network")
+}
+
+/// 192.0.2.N and 2001:db8::N, on uplink `eth0`.
+pub(crate) fn uplink(families: Families, last: u8) -> Uplink {
+    let addresses = Addresses {
+        v4: (families != Families::V6).then(|| [192, 0, 2, last].into()),
+        v6: (families != Families::V4).then(|| [0x2001, 0xdb8, 0, 0, 0, 0, 0, u16::from(last)].into()),
+    };
+    Uplink {
+        name: "eth0".into(),
+        index: 2,
+        mtu: 1500,
+        local: addresses,
+        public: addresses,
+    }
+}
+
+/// PSK number `number` of the network; all differ.
+pub(crate) fn psk(number: u8, network: &Network) -> Arc<Psk> {
+    Arc::new(Psk::new(&[number; 32], &network.to_string()).expect("long enough"))
+}
+
+pub(crate) fn settings(node: &str, network: Network) -> Settings {
+    Settings {
+        name: name(node),
+        network,
+        cipher: Cipher::Aes128Gcm16,
+        encap: Encap {
+            mode: EncapMode::Esp,
+            port: 4500,
+        },
+        // Epochs end by events alone, so that a seed tells the whole story.
+        rekey_after: Duration::from_secs(1 << 30),
+        mtu: None,
+        masquerade: true,
+        random_fully: true,
+        directed: false,
+        advertisements: true,
+    }
+}

@@ -1,0 +1,772 @@
+//! A mesh of real nodes: real reconcilers with real keys, on simulated kernels, a simulated store and wire, one clock.
+//!
+//! A probe arrives only if the sender's kernel sends it as ESP and the receiver's kernel reads it: the SA with the same
+//! key must be there, and a policy that takes it. After every single operation on any kernel, and after every step:
+//!
+//! - nothing of the mesh leaves or enters any node in the clear;
+//! - what a node sends as data its receiver reads, unless the receiver's SA was torn out by a reboot or another hand;
+//! - data that flowed goes on flowing, unless the sender's own kernel was damaged.
+
+use std::cell::RefCell;
+use std::collections::{BTreeSet, VecDeque};
+use std::net::IpAddr;
+use std::rc::Rc;
+use std::time::Duration;
+
+use keys::Epoch;
+use ring::rand::SystemRandom;
+use ringmail::kernel::{Kind, Op, Scope};
+use ringmail::lease::{Completeness, Lease, Network, Subnets};
+use ringmail::node::{Cause, Datagram, Node, Settings};
+use ringmail::probe::PORT;
+use ringmail::reconcile::Reconciler;
+use ringmail::uplink::Uplink;
+use xfrm::Sa;
+
+use super::kernel::{SimKernel, Spent, unborn};
+use super::make::{self, Families};
+use super::packet::{Fate, From, Layers, Leak, Packet, Surroundings, cuts, fate, leaks, pod, sas};
+
+/// The clock of the world at its begin, seconds since 1970.
+const UNIX: u64 = 1_700_000_000;
+
+/// A node as its packets see it; shared with the watch of every kernel.
+pub(crate) struct View {
+    pub(crate) kernel: SimKernel,
+    pub(crate) around: Surroundings,
+    /// In the mesh, and its guard has stood since it came up.
+    pub(crate) guarded: bool,
+    /// Holds a lease.
+    pub(crate) present: bool,
+    /// Another hand was at its kernel, and the process has not mended all of it yet.
+    pub(crate) hurt: bool,
+    /// Where its data flows.
+    pub(crate) flows: BTreeSet<usize>,
+}
+
+/// Every node as its packets see it.
+pub(crate) type Views = Rc<RefCell<Vec<View>>>;
+
+/// The daemon of a node while it runs.
+pub(crate) struct Process {
+    pub(crate) reconciler: Reconciler<SimKernel>,
+    began: Duration,
+    /// How many versions of each node's lease it has read.
+    pub(crate) seen: Vec<usize>,
+    published: Option<Epoch>,
+    previous: Option<Epoch>,
+    answers: Vec<Datagram>,
+    held: bool,
+    complete: bool,
+}
+
+pub(crate) struct Member {
+    pub(crate) settings: Settings,
+    pub(crate) number: u32,
+    pub(crate) subnets: Subnets,
+    pub(crate) uplink: Uplink,
+    /// What its PSK file holds, newest first.
+    pub(crate) psks: Vec<std::sync::Arc<keys::Psk>>,
+    pub(crate) kernel: SimKernel,
+    pub(crate) process: Option<Process>,
+    /// Its lease's versions in the store; `None` where it left.
+    pub(crate) versions: Vec<Option<Lease>>,
+    /// So many versions nobody reads any more who has not yet: those before it last joined, and before a PSK was dropped.
+    pub(crate) bygone: usize,
+}
+
+/// A probe on the wire.
+pub(crate) struct Flight {
+    sa: Sa,
+    key: Vec<u8>,
+    packet: Packet,
+    bytes: Vec<u8>,
+}
+
+pub(crate) struct Mesh {
+    pub(crate) network: Network,
+    pub(crate) families: Families,
+    pub(crate) members: Vec<Member>,
+    pub(crate) views: Views,
+    pub(crate) wire: Vec<Flight>,
+    pub(crate) now: Duration,
+    /// Probes sent so far.
+    pub(crate) probes: u64,
+    spent: Spent,
+    story: VecDeque<String>,
+    /// What is printed with the story when a test fails, such as the seed.
+    pub(crate) title: String,
+}
+
+impl Mesh {
+    pub(crate) fn new(title: &str, families: Families) -> Self {
+        Self {
+            network: make::network(families),
+            families,
+            members: Vec::new(),
+            views: Rc::default(),
+            wire: Vec::new(),
+            now: Duration::ZERO,
+            probes: 0,
+            spent: Spent::default(),
+            story: VecDeque::new(),
+            title: title.to_owned(),
+        }
+    }
+
+    /// `count` nodes, all started and settled.
+    pub(crate) fn settled(title: &str, families: Families, count: u32) -> Self {
+        let mut mesh = Self::new(title, families);
+        for _ in 0..count {
+            let x = mesh.add();
+            mesh.start(x);
+        }
+        mesh.settle();
+        mesh
+    }
+
+    pub(crate) fn tell(&mut self, what: String) {
+        if self.story.len() == 40 {
+            self.story.pop_front();
+        }
+        self.story.push_back(format!("{:>9.3} {what}", self.now.as_secs_f64()));
+    }
+
+    /// Adds a machine that runs nothing yet; returns its number.
+    pub(crate) fn add(&mut self) -> usize {
+        let number = u32::try_from(self.members.len()).expect("few nodes") + 1;
+        let name = format!("node{number}");
+        let kernel = SimKernel::new(&name, &self.spent);
+        let uplink = make::uplink(self.families, u8::try_from(number).expect("few nodes"));
+        let subnets = make::subnets(&self.network, number);
+        let addresses: Vec<IpAddr> = uplink.local.iter().collect();
+        kernel.with(|machine| {
+            machine.addresses.extend(&addresses);
+            machine.sources.extend(&addresses);
+        });
+        self.views.borrow_mut().push(View {
+            kernel: kernel.clone(),
+            around: Surroundings {
+                own: subnets,
+                uplink: (uplink.name.clone(), uplink.index),
+                addresses,
+            },
+            guarded: false,
+            present: false,
+            hurt: false,
+            flows: BTreeSet::new(),
+        });
+        let (views, x) = (self.views.clone(), self.members.len());
+        kernel.watch(move |op| check_operation(&views, x, op));
+        self.members.push(Member {
+            settings: make::settings(&name, self.network),
+            number,
+            subnets,
+            uplink,
+            psks: vec![make::psk(1, &self.network)],
+            kernel,
+            process: None,
+            versions: Vec::new(),
+            bygone: 0,
+        });
+        x
+    }
+
+    /// Starts the daemon; it reads the newest of the store at once.
+    pub(crate) fn start(&mut self, x: usize) {
+        self.boot(x);
+        self.hold(x);
+        for y in 0..self.members.len() {
+            self.read(x, y, usize::MAX);
+        }
+        self.turn(x);
+    }
+
+    /// Starts the daemon; it knows nothing yet.
+    fn launch(&mut self, x: usize) {
+        self.tell(format!("{x} starts"));
+        let count = self.members.len();
+        let now = self.now;
+        let member = &mut self.members[x];
+        let settings = member.settings.clone();
+        member.kernel.with(|machine| {
+            machine.notices.clear();
+            machine.blind = 0;
+        });
+        let reconciler = Reconciler::new(member.kernel.reopened(), |left| Node::new(settings, left))
+            .expect("the kernel can be read");
+        let newest = member.versions.iter().rev().flatten().next();
+        let process = Process {
+            reconciler,
+            began: now,
+            seen: vec![0; count],
+            published: None,
+            previous: newest.and_then(|lease| epoch_of(lease, &member.psks, &self.network)),
+            answers: Vec::new(),
+            held: false,
+            complete: false,
+        };
+        member.process = Some(process);
+    }
+
+    /// Starts the daemon with its uplink and PSKs; it knows nothing of lease and store yet.
+    pub(crate) fn boot(&mut self, x: usize) {
+        self.launch(x);
+        self.input(x, "uplink");
+        self.input(x, "psk");
+    }
+
+    /// Starts the daemon and gives it its inputs in `order`, a turn after each.
+    pub(crate) fn boot_with(&mut self, x: usize, order: &[&str]) {
+        self.launch(x);
+        self.turn(x);
+        for input in order {
+            self.input(x, input);
+            self.turn(x);
+        }
+    }
+
+    fn input(&mut self, x: usize, input: &str) {
+        let member = &mut self.members[x];
+        let Some(process) = &mut member.process else { return };
+        match input {
+            "uplink" => process.reconciler.node.uplinked(member.uplink.clone()),
+            "psk" => process.reconciler.node.keyed(member.psks.clone()),
+            "lease" => self.hold(x),
+            "roster" => {
+                for y in 0..self.members.len() {
+                    self.read(x, y, usize::MAX);
+                }
+            }
+            other => panic!("no such input: {other}"),
+        }
+    }
+
+    /// The store says which subnets it holds.
+    pub(crate) fn hold(&mut self, x: usize) {
+        let member = &mut self.members[x];
+        if let Some(process) = &mut member.process {
+            process.held = true;
+            process.reconciler.node.holds(member.subnets, make::slot(member.number));
+        }
+        let mut views = self.views.borrow_mut();
+        views[x].present = true;
+    }
+
+    pub(crate) fn is_held(&self, x: usize) -> bool {
+        self.members[x].process.as_ref().is_some_and(|process| process.held)
+    }
+
+    /// Process `x` reads version number `version` (from 1; the newest if there are fewer) of node `y`'s lease.
+    pub(crate) fn read(&mut self, x: usize, y: usize, version: usize) {
+        let version = version.min(self.members[y].versions.len());
+        if x == y || version == 0 {
+            self.complete(x);
+            return;
+        }
+        let lease = self.members[y].versions[version - 1].clone().map(std::sync::Arc::new);
+        let name = self.members[y].settings.name.clone();
+        let now = self.now;
+        let Some(process) = &mut self.members[x].process else {
+            return;
+        };
+        process.seen.resize(process.seen.len().max(y + 1), 0);
+        if version <= process.seen[y] {
+            return;
+        }
+        process.seen[y] = version;
+        process
+            .reconciler
+            .node
+            .leased(&name, lease.as_ref(), now - process.began);
+        if lease.is_none() {
+            self.views.borrow_mut()[x].flows.remove(&y);
+        }
+        self.complete(x);
+    }
+
+    /// The roster of `x` is complete once every node that holds a lease was read.
+    fn complete(&mut self, x: usize) {
+        let there: Vec<usize> = (0..self.members.len())
+            .filter(|y| *y != x && !self.members[*y].versions.is_empty())
+            .collect();
+        if let Some(process) = &mut self.members[x].process
+            && there.iter().all(|y| process.seen.get(*y).is_some_and(|seen| *seen > 0))
+        {
+            process.complete = true;
+            process.reconciler.completed(Completeness::Complete);
+        }
+    }
+
+    /// What the daemon does whenever anything changed, in its order.
+    pub(crate) fn turn(&mut self, x: usize) {
+        let now = self.now;
+        let member = &mut self.members[x];
+        let Some(process) = &mut member.process else { return };
+        let clock = now - process.began;
+        for event in member.kernel.with(|machine| std::mem::take(&mut machine.notices)) {
+            process.reconciler.notice(event);
+        }
+        process.reconciler.pass(clock);
+        let unix = UNIX + now.as_secs();
+        let begun = process
+            .reconciler
+            .begin_epoch(process.previous, unix, &SystemRandom::new(), clock);
+        if begun.is_some() {
+            process.reconciler.pass(clock);
+        }
+        let epoch = process.reconciler.node.epoch();
+        if epoch.is_some()
+            && epoch != process.published
+            && let Some(lease) = process.reconciler.node.lease()
+        {
+            process.published = epoch;
+            process.previous = process.previous.max(epoch);
+            member.versions.push(Some(lease));
+        }
+        let mut datagrams = std::mem::take(&mut process.answers);
+        datagrams.extend(process.reconciler.node.tick(clock, &mut || 0.5));
+        process.reconciler.pass(clock);
+        let broken = process.reconciler.failures().next().is_some();
+        let guarded = process.held && !process.reconciler.failures().any(|(scope, _)| *scope == Scope::Node);
+        {
+            let mut views = self.views.borrow_mut();
+            views[x].guarded |= guarded;
+            views[x].hurt &= broken || !process.held || !process.complete;
+        }
+        for datagram in datagrams {
+            self.send(x, &datagram);
+        }
+        check_all(&self.views);
+    }
+
+    fn send(&mut self, x: usize, datagram: &Datagram) {
+        let member = &self.members[x];
+        let Some(process) = &member.process else { return };
+        self.probes += 1;
+        if !process.reconciler.carries(datagram) {
+            return;
+        }
+        let src = process.reconciler.node.base(datagram.to).expect("a probe has a family");
+        let packet = Packet {
+            src,
+            dst: datagram.to,
+            udp: Some((PORT, PORT)),
+        };
+        let views = self.views.borrow();
+        let sent = member.kernel.look(|machine| {
+            match fate(&machine.objects, &views[x].around, Layers::ALL, From::Node, packet) {
+                Fate::Sealed(id) => sas(&machine.objects)
+                    .find(|sa| sa.id() == id)
+                    .cloned()
+                    .zip(machine.keys.get(&id).cloned()),
+                Fate::Dropped(_) => None,
+                fate => panic!("{x}'s probe to {} is {fate:?}", datagram.to),
+            }
+        });
+        if let Some((sa, key)) = sent {
+            if !views[x].hurt {
+                let slot = make::slot(member.number);
+                assert_eq!(
+                    sa.spi,
+                    ringmail::backend::ipsec::spi(slot, datagram.sent).0,
+                    "a probe says where it travels"
+                );
+            }
+            self.wire.push(Flight {
+                sa,
+                key,
+                packet,
+                bytes: datagram.bytes.to_vec(),
+            });
+        }
+    }
+
+    /// Probe number `at` on the wire arrives where it is for, if that node can read it.
+    pub(crate) fn arrive(&mut self, at: usize) {
+        let flight = self.wire.swap_remove(at);
+        let to = (0..self.members.len()).find(|y| {
+            let kernel = &self.members[*y].kernel;
+            kernel.look(|machine| machine.addresses.contains(&flight.sa.dst))
+        });
+        let Some(y) = to else { return };
+        if read_by(&self.views.borrow()[y], &flight.sa, &flight.key, flight.packet).is_err() {
+            return;
+        }
+        let now = self.now;
+        if let Some(process) = &mut self.members[y].process {
+            let answer = process
+                .reconciler
+                .node
+                .probed(flight.packet.src, &flight.bytes, now - process.began);
+            process.answers.extend(answer);
+        }
+        self.turn(y);
+    }
+
+    /// When `x` next has something to do.
+    pub(crate) fn due(&self, x: usize) -> Option<Duration> {
+        let process = self.members[x].process.as_ref()?;
+        let node = process.reconciler.node.deadline(self.now - process.began);
+        let pass = process.reconciler.deadline();
+        node.into_iter().chain(pass).min().map(|at| at + process.began)
+    }
+
+    /// Time goes on; whoever has something to do by then does it late, at the end.
+    pub(crate) fn wait(&mut self, time: Duration) {
+        self.now += time;
+        for x in 0..self.members.len() {
+            if self.due(x).is_some_and(|due| due <= self.now) {
+                self.turn(x);
+            }
+        }
+    }
+
+    /// Lets `time` go by, with everyone on time and nothing lost.
+    pub(crate) fn run(&mut self, time: Duration) {
+        let end = self.now + time;
+        while self.now < end {
+            self.flush();
+            let next = (0..self.members.len()).filter_map(|x| self.due(x)).min().unwrap_or(end);
+            self.now = next.max(self.now + Duration::from_millis(1)).min(end);
+            for x in 0..self.members.len() {
+                if self.due(x).is_some_and(|due| due <= self.now) {
+                    self.turn(x);
+                }
+            }
+        }
+        self.flush();
+    }
+
+    /// Whether every node that holds a lease can be heard by the others.
+    pub(crate) fn is_heard(&self) -> bool {
+        (0..self.members.len()).all(|x| self.is_held(x) || !self.views.borrow()[x].present)
+    }
+
+    /// Delivers all that is under way at this moment.
+    pub(crate) fn flush(&mut self) {
+        for round in 0.. {
+            assert!(round < 200, "the mesh does not come to rest");
+            let mut quiet = true;
+            for x in 0..self.members.len() {
+                for y in 0..self.members.len() {
+                    let newest = self.members[y].versions.len();
+                    let fresh = self.members[x]
+                        .process
+                        .as_ref()
+                        .is_some_and(|p| p.seen.get(y).copied().unwrap_or(0) < newest);
+                    if x != y && fresh {
+                        quiet = false;
+                        self.read(x, y, newest);
+                        self.turn(x);
+                    }
+                }
+                if self.members[x].kernel.look(|machine| !machine.notices.is_empty()) {
+                    quiet = false;
+                    self.turn(x);
+                }
+            }
+            while !self.wire.is_empty() {
+                quiet = false;
+                self.arrive(0);
+            }
+            if quiet {
+                return;
+            }
+        }
+    }
+
+    /// Events stop: faults end, all runs, everything arrives. Then every pair must be on its newest generation, with
+    /// nothing older left, each knowing it of the other.
+    pub(crate) fn settle(&mut self) {
+        self.tell("settles".into());
+        for x in 0..self.members.len() {
+            self.members[x].kernel.with(|machine| {
+                machine.faults.clear();
+                machine.cursed.clear();
+                machine.blind = 0;
+            });
+            let present = self.views.borrow()[x].present;
+            if present && self.members[x].process.is_none() {
+                self.start(x);
+            } else if self.members[x].process.is_some() {
+                self.hold(x);
+                self.turn(x);
+            }
+        }
+        self.run(Duration::from_secs(200));
+        let before = self.probes;
+        self.run(Duration::from_secs(60));
+        self.assert_settled(self.probes - before);
+    }
+
+    fn assert_settled(&self, probes: u64) {
+        let running: Vec<usize> = (0..self.members.len())
+            .filter(|x| self.members[*x].process.is_some())
+            .collect();
+        let pairs = running.len() * running.len().saturating_sub(1);
+        // One and its answer each 11.25 s at least: a pair that is not settled asks more often.
+        assert!(
+            probes <= 12 * pairs as u64,
+            "{probes} probes in a quiet minute of {pairs} directions"
+        );
+        for &x in &running {
+            let member = &self.members[x];
+            let process = member.process.as_ref().expect("it runs");
+            let failures: Vec<String> = process
+                .reconciler
+                .failures()
+                .map(|(s, why)| format!("{s}: {why}"))
+                .collect();
+            assert!(failures.is_empty(), "{x} fails: {failures:?}");
+            let desired: ringmail::kernel::Objects = process
+                .reconciler
+                .desired()
+                .iter()
+                .map(|(key, object)| (key.clone(), unborn(object)))
+                .collect();
+            member.kernel.look(|machine| {
+                let difference = super::text::difference(&desired, &machine.objects);
+                assert!(
+                    difference.is_empty(),
+                    "{x}'s kernel is not as it wants it:\n{difference}"
+                );
+                let sas = sas(&machine.objects).count();
+                assert!(
+                    sas == 2 * (running.len() - 1),
+                    "{x} keeps SAs of the past: {}",
+                    super::text::objects(&process.reconciler.desired())
+                );
+            });
+            let report = process
+                .reconciler
+                .node
+                .report(&Default::default(), self.now - process.began);
+            assert_eq!(report.problems, Vec::<String>::new());
+            for &y in running.iter().filter(|y| **y != x) {
+                let theirs = self.members[y].process.as_ref().expect("it runs");
+                let epochs = (process.reconciler.node.epoch(), theirs.reconciler.node.epoch());
+                let (Some(own), Some(their)) = epochs else {
+                    panic!("{x} or {y} has no epoch")
+                };
+                let peer = report
+                    .peers
+                    .iter()
+                    .find(|peer| peer.node == self.members[y].settings.name.as_str());
+                let peer = peer.unwrap_or_else(|| panic!("{x} does not know {y}"));
+                assert_eq!(peer.reason, None, "{x} about {y}");
+                assert_eq!(peer.state, ringmail::node::report::State::Up, "{x} about {y}");
+                assert_eq!(
+                    peer.generation.as_deref(),
+                    Some(&*format!("{own}>{their}")),
+                    "{x} to {y}"
+                );
+                assert!(
+                    self.views.borrow()[x].flows.contains(&y),
+                    "{x}'s data does not reach {y}"
+                );
+            }
+        }
+    }
+
+    /// Wants a new epoch of `x`.
+    pub(crate) fn rotate(&mut self, x: usize, cause: Cause) {
+        self.tell(format!("{x} rotates: {cause:?}"));
+        if let Some(process) = &mut self.members[x].process {
+            process.reconciler.node.want(cause);
+        }
+        self.turn(x);
+    }
+
+    /// The daemon stops; the kernel stays as it is.
+    pub(crate) fn stop(&mut self, x: usize) {
+        self.tell(format!("{x} stops"));
+        self.members[x].process = None;
+    }
+
+    /// The machine loses all it had.
+    pub(crate) fn reboot(&mut self, x: usize) {
+        self.stop(x);
+        self.tell(format!("{x} reboots"));
+        self.members[x].kernel.reboot();
+        let mut views = self.views.borrow_mut();
+        views[x].guarded = false;
+        views[x].flows.clear();
+        for view in views.iter_mut() {
+            view.flows.remove(&x);
+        }
+    }
+
+    /// The node leaves for good: nothing of it stays, and its lease is gone.
+    pub(crate) fn leave(&mut self, x: usize) {
+        self.reboot(x);
+        self.tell(format!("{x} leaves"));
+        let member = &mut self.members[x];
+        if member.versions.last().is_some_and(Option::is_some) {
+            member.versions.push(None);
+        }
+        member.bygone = member.versions.len();
+        let mut views = self.views.borrow_mut();
+        views[x].present = false;
+    }
+
+    /// Another hand is at the kernel of `x`.
+    pub(crate) fn hurt(&mut self, x: usize, how: impl FnOnce(&SimKernel)) {
+        how(&self.members[x].kernel);
+        let mut views = self.views.borrow_mut();
+        views[x].hurt = true;
+        views[x].flows.clear();
+        for view in views.iter_mut() {
+            view.flows.remove(&x);
+        }
+    }
+}
+
+impl Drop for Mesh {
+    fn drop(&mut self) {
+        if std::thread::panicking() {
+            eprintln!("in {}:", self.title);
+            for line in &self.story {
+                eprintln!("  {line}");
+            }
+            for (x, member) in self.members.iter().enumerate() {
+                eprintln!("the last operations of {x}:");
+                member.kernel.look(|machine| {
+                    let last = machine.log.len().saturating_sub(12);
+                    for (op, fault) in &machine.log[last..] {
+                        eprintln!(
+                            "  {}{}",
+                            super::text::op(op),
+                            fault.map(|f| format!(" [{f:?}]")).unwrap_or_default()
+                        );
+                    }
+                });
+            }
+        }
+    }
+}
+
+fn epoch_of(lease: &Lease, psks: &[std::sync::Arc<keys::Psk>], network: &Network) -> Option<Epoch> {
+    let admitted = ringmail::admission::verify(lease, network, psks).ok()?;
+    Some(admitted.statement.epoch)
+}
+
+/// Whether the kernel of `to` reads a packet of this SA and key, and why not.
+fn read_by(to: &View, sa: &Sa, key: &[u8], packet: Packet) -> Result<(), String> {
+    to.kernel.look(|machine| {
+        let mirrored = |theirs: &Sa| theirs.encap.map(|e| (e.sport, e.dport)) == sa.encap.map(|e| (e.sport, e.dport));
+        let same = |theirs: &Sa| {
+            mirrored(theirs)
+                && theirs.algorithm == sa.algorithm
+                && theirs.esn == sa.esn
+                && theirs.af_unspec == sa.af_unspec
+        };
+        match sas(&machine.objects).find(|theirs| theirs.id() == sa.id()) {
+            None => Err("has no such SA".into()),
+            Some(_) if machine.keys.get(&sa.id()).is_none_or(|held| held != key) => Err("has another key".into()),
+            Some(theirs) if !same(theirs) => Err(format!("has it as {theirs:?}, sent is {sa:?}")),
+            Some(theirs) => match fate(&machine.objects, &to.around, Layers::ALL, From::Tunnel(theirs), packet) {
+                Fate::Delivered => Ok(()),
+                fate => Err(format!("decrypts it, then: {fate:?}")),
+            },
+        }
+    })
+}
+
+/// Looks at what `x`'s packets meet now, and at what is sent to it.
+pub(crate) fn check_operation(views: &Views, x: usize, op: &Op) {
+    if op.key().kind() != Kind::Sa {
+        check_leaks(&views.borrow(), x, &op.to_string());
+    }
+    let count = views.borrow().len();
+    for y in 0..count {
+        check_data(views, x, y, &op.to_string());
+        check_data(views, y, x, &op.to_string());
+    }
+}
+
+fn check_all(views: &Views) {
+    let count = views.borrow().len();
+    for x in 0..count {
+        for y in 0..count {
+            check_data(views, x, y, "a step");
+        }
+    }
+}
+
+fn check_leaks(views: &[View], x: usize, after: &str) {
+    let view = &views[x];
+    if !view.guarded {
+        return;
+    }
+    let peers: Vec<_> = (views.iter().filter(|other| !std::ptr::eq(*other, view)))
+        .flat_map(|other| other.around.own.iter())
+        .collect();
+    let nobody: Vec<_> = ["10.244.99.0/24", "fd00:10:244:99::/64"]
+        .iter()
+        .map(|net| net.parse().expect("a net"))
+        .collect();
+    view.kernel.look(|machine| {
+        // A forged own address is for the filter alone to see, and another hand may have removed that.
+        let ways = if view.hurt { Leak::WITHOUT_FILTER } else { Leak::ALL };
+        let mut found = leaks(&machine.objects, &view.around, Layers::ALL, &peers, &nobody, ways);
+        if !view.hurt {
+            found.extend(cuts(&machine.objects, &view.around));
+        }
+        assert!(found.is_empty(), "{x} after {after}: {found:?}");
+    });
+}
+
+/// What `x` sends to `y` as data must be readable; what flowed must flow on.
+fn check_data(views: &Views, x: usize, y: usize, after: &str) {
+    let mut flowing = {
+        let views = views.borrow();
+        let (from, to) = (&views[x], &views[y]);
+        if x == y || !from.present || !from.guarded || !to.present {
+            return;
+        }
+        from.around.own.iter().all(|own| {
+            let dst = to
+                .around
+                .own
+                .iter()
+                .find(|net| net.addr().is_ipv4() == own.addr().is_ipv4());
+            let packet = Packet {
+                src: pod(own),
+                dst: pod(dst.expect("both have each family of the mesh")),
+                udp: None,
+            };
+            from.kernel.look(|machine| {
+                let id = match fate(&machine.objects, &from.around, Layers::ALL, From::Behind, packet) {
+                    Fate::Sealed(id) => id,
+                    Fate::Dropped(why) => {
+                        assert!(
+                            !from.flows.contains(&y),
+                            "{x}'s data to {y} flowed; after {after} it is dropped: {why}"
+                        );
+                        return false;
+                    }
+                    fate => panic!("{x}'s data to {y} is {fate:?} after {after}"),
+                };
+                let sa = sas(&machine.objects).find(|sa| sa.id() == id).expect("it was found");
+                let key = &machine.keys[&id];
+                let Err(why) = read_by(to, sa, key, packet) else {
+                    return true;
+                };
+                let torn = to
+                    .kernel
+                    .look(|theirs| theirs.torn.contains(&(id, key.clone())) || !theirs.addresses.contains(&sa.dst));
+                assert!(
+                    torn || to.hurt,
+                    "{x} sends to {y} on {} after {after}; it {why}",
+                    keys::Spi(id.spi)
+                );
+                false
+            })
+        })
+    };
+    flowing &= !views.borrow()[x].hurt;
+    if flowing {
+        views.borrow_mut()[x].flows.insert(y);
+    }
+}

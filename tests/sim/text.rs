@@ -1,0 +1,151 @@
+//! Objects and operations in the words of `ip`, for people to compare.
+
+use std::collections::BTreeMap;
+
+use ipnet::IpNet;
+use keys::Spi;
+use ringmail::kernel::firewall::{Rule, Source, Way};
+use ringmail::kernel::{Key, Object, Objects, Op, priority, reqid_slot};
+use xfrm::{Action, Policy, Sa};
+
+/// One line for each object, more for the firewall.
+pub(crate) fn objects(objects: &Objects) -> String {
+    objects
+        .iter()
+        .map(|(key, object)| format!("{}\n", line(key, object)))
+        .collect()
+}
+
+/// What one holds and the other does not: `-` for the first, `+` for the second.
+pub(crate) fn difference(first: &Objects, second: &Objects) -> String {
+    let mut lines = BTreeMap::new();
+    for (mark, these, those) in [("-", first, second), ("+", second, first)] {
+        for (key, object) in these.iter().filter(|(key, object)| those.get(*key) != Some(*object)) {
+            lines.insert((key.clone(), mark), format!("{mark} {}\n", line(key, object)));
+        }
+    }
+    lines.into_values().collect()
+}
+
+/// An operation: `make`, `change` or `break`, and what.
+pub(crate) fn op(op: &Op) -> String {
+    match op {
+        Op::Make(key, object) => format!("make   {}", line(key, object)),
+        Op::Change(key, object) => format!("change {}", line(key, object)),
+        Op::Break(Key::Sa(id)) => format!("break  state dst {} spi {}", id.dst, Spi(id.spi)),
+        Op::Break(Key::Policy(id) | Key::Guard(_, id)) => format!("break  policy {id}"),
+        Op::Break(key) => format!("break  {key}"),
+    }
+}
+
+fn line(key: &Key, object: &Object) -> String {
+    match (key, object) {
+        (Key::Sysctl(path), Object::Sysctl(value)) => format!("sysctl {path} = {value}"),
+        (Key::Firewall, Object::Firewall(firewall)) => {
+            let mut text = format!("firewall on {}", firewall.uplink);
+            for rule in firewall.rules() {
+                text.push_str(&format!("\n         {}", self::rule(&rule)));
+            }
+            text
+        }
+        (Key::GuardRoute(net), Object::Unreachable) => format!("route unreachable {net}"),
+        (Key::Guard(..) | Key::Policy(_), Object::Policy(policy)) => self::policy(policy),
+        (Key::Link(name), Object::Link { mtu, up }) => {
+            format!("link {name} type dummy mtu {mtu} {}", if *up { "up" } else { "down" })
+        }
+        (Key::Address(link, address), Object::Address) => format!("address {} dev {link}", IpNet::from(*address)),
+        (Key::Sa(_), Object::Sa { sa, born }) => {
+            let born = born.map_or("of an earlier process".to_owned(), |born| format!("generation {born}"));
+            format!("{} {born}", state(sa))
+        }
+        (Key::Route(net), Object::Route { link, source, mtu }) => {
+            let mtu = mtu.map(|mtu| format!(" mtu {mtu}")).unwrap_or_default();
+            format!("route {net} dev {link} src {source}{mtu}")
+        }
+        (key, object) => panic!("{key} holds {object:?}"),
+    }
+}
+
+fn rule(rule: &Rule) -> String {
+    match rule {
+        Rule::Refuse(Way::Arriving, net) => format!("arriving: from {net}, not ESP: drop"),
+        Rule::Refuse(Way::Leaving, net) => format!("leaving: to {net}, not for ESP: drop"),
+        Rule::Translate { from, to, source } => {
+            let side = |net: &Option<IpNet>| net.map_or("any".to_owned(), |net| net.to_string());
+            let source = match source {
+                Source::Kept => "as it is".to_owned(),
+                Source::Base(base) => format!("source {base}"),
+                Source::Masquerade { random_fully: true } => "masquerade, ports at random".to_owned(),
+                Source::Masquerade { random_fully: false } => "masquerade".to_owned(),
+            };
+            format!("source: {} to {}: {source}", side(from), side(to))
+        }
+    }
+}
+
+fn policy(policy: &Policy) -> String {
+    let Policy {
+        id,
+        priority,
+        action,
+        template,
+    } = policy;
+    let priority = match *priority {
+        priority::PROBE => "probe",
+        priority::PEER => "peer",
+        priority::LOCAL => "local",
+        priority::BLOCK => "block",
+        other => return format!("policy {id} priority {other:#x}"),
+    };
+    let mut text = format!("policy {id} priority {priority}");
+    if *action == Action::Block {
+        text.push_str(" action block");
+    }
+    if let Some(template) = template {
+        text.push_str(&format!(" tmpl src {} dst {}", template.src, template.dst));
+        if template.spi != 0 {
+            text.push_str(&format!(" spi {}", Spi(template.spi)));
+        }
+        text.push_str(&format!(" reqid {}", self::reqid(template.reqid)));
+    }
+    text
+}
+
+fn reqid(reqid: u32) -> String {
+    reqid_slot(reqid).map_or(format!("{reqid:#x}"), |slot| format!("slot {}", slot.get()))
+}
+
+fn state(sa: &Sa) -> String {
+    let Sa {
+        src,
+        dst,
+        spi,
+        reqid,
+        algorithm,
+        encap,
+        replay_window,
+        esn,
+        direction,
+        limits: _,
+        af_unspec,
+    } = sa;
+    let mut text = format!(
+        "state src {src} dst {dst} spi {} reqid {}",
+        Spi(*spi),
+        self::reqid(*reqid)
+    );
+    text.push_str(&format!(" aead {} {}", algorithm.name, algorithm.key_bits));
+    if let Some(encap) = encap {
+        text.push_str(&format!(" encap espinudp {} {}", encap.sport, encap.dport));
+    }
+    text.push_str(&format!(" window {replay_window}"));
+    for (flag, set) in [("esn", esn), ("af-unspec", af_unspec)] {
+        if *set {
+            text.push_str(&format!(" {flag}"));
+        }
+    }
+    if let Some(direction) = direction {
+        text.push_str(&format!(" dir {direction:?}").to_lowercase());
+    }
+    text
+}
