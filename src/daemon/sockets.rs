@@ -29,16 +29,11 @@ pub(super) struct Sockets {
 }
 
 impl Sockets {
-    /// Opens what is missing and closes what is not wanted: a probe socket for each of `bases`, and one for ESP in UDP
-    /// for each of `encap`'s addresses at its port.
-    pub(super) fn open(&mut self, bases: Addresses, encap: Option<(Addresses, u16)>, now: Duration) {
-        self.reopen = None;
+    /// Opens what is missing of the probe sockets, one for each of `bases`, and closes what is not wanted.
+    pub(super) fn open_probes(&mut self, bases: Addresses, now: Duration) {
         self.probes.retain(|(base, _)| bases.of_family(*base) == Some(*base));
-        for base in bases
-            .iter()
-            .filter(|base| !self.probes.iter().any(|(open, _)| open == base))
-            .collect::<Vec<_>>()
-        {
+        let missing = |base: &IpAddr| !self.probes.iter().any(|(open, _)| open == base);
+        for base in bases.iter().filter(missing).collect::<Vec<_>>() {
             match probe_socket(base) {
                 Ok(socket) => self.probes.push((base, socket)),
                 // The base address comes with the first pass.
@@ -48,15 +43,18 @@ impl Sockets {
                 }
             }
         }
-        let (locals, port) = encap.unwrap_or_default();
+    }
+
+    /// Opens what is missing of the sockets for ESP in UDP, one for each of the addresses at the port, and closes what
+    /// is not wanted.
+    pub(super) fn open_encaps(&mut self, wanted: Option<(Addresses, u16)>, now: Duration) {
+        self.reopen = None;
+        let (locals, port) = wanted.unwrap_or_default();
         let wanted: Vec<SocketAddr> = locals.iter().map(|local| SocketAddr::new(local, port)).collect();
         self.encaps.retain(|encap| wanted.contains(&encap.local()));
         let before = self.error.take();
-        for local in wanted
-            .into_iter()
-            .filter(|local| !self.encaps.iter().any(|e| e.local() == *local))
-            .collect::<Vec<_>>()
-        {
+        let missing = |local: &SocketAddr| !self.encaps.iter().any(|encap| encap.local() == *local);
+        for local in wanted.into_iter().filter(missing).collect::<Vec<_>>() {
             match Encap::open(local) {
                 Ok(encap) => self.encaps.push(encap),
                 Err(wrong) => {
@@ -71,7 +69,7 @@ impl Sockets {
         }
     }
 
-    /// When [`Sockets::open`] should be tried again; `None` where all is open.
+    /// When what could not be opened should be tried again; `None` where all is open.
     pub(super) fn reopen(&self) -> Option<Duration> {
         self.reopen
     }

@@ -259,6 +259,11 @@ impl Turn {
 
     fn turn(&mut self) {
         let now = self.now();
+        let reopen = std::mem::take(&mut self.reopen) || self.sockets.reopen().is_some_and(|at| now >= at);
+        if reopen {
+            // First of all: after a restart, what the peers send in UDP is lost until this socket is open.
+            self.sockets.open_encaps(self.reconciler.node.encapsulates(), now);
+        }
         if now >= self.resync {
             self.resync = now + RESYNC;
             if let Err(error) = self.reconciler.resync() {
@@ -282,11 +287,9 @@ impl Turn {
             self.reconciler.pass(self.now());
         }
         self.publish();
-        if self.reopen || self.sockets.reopen().is_some_and(|at| now >= at) {
-            self.reopen = false;
+        if reopen {
             let bases = self.reconciler.node.subnets().unwrap_or_default().bases();
-            self.sockets
-                .open(bases, self.reconciler.node.encapsulates(), self.now());
+            self.sockets.open_probes(bases, self.now());
         }
         let jitter = &mut || {
             let mut bytes = [0; 2];
