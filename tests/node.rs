@@ -22,7 +22,7 @@ fn three_nodes_come_to_their_newest_generations() {
 }
 
 fn number(variable: &str) -> Option<u64> {
-    std::env::var(variable).ok().and_then(|text| text.parse().ok())
+    std::env::var_os(variable)?.to_str()?.parse().ok()
 }
 
 /// Lets things happen to a mesh of `nodes` for each of `seeds`, and then comes to rest.

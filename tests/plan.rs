@@ -17,7 +17,7 @@ fn golden(name: &str, written: &str) {
     let path = PathBuf::from(env!("CARGO_MANIFEST_DIR"))
         .join("tests/plan")
         .join(format!("{name}.txt"));
-    if std::env::var("RINGMAIL_GOLDEN").is_ok_and(|value| value == "write") {
+    if std::env::var_os("RINGMAIL_GOLDEN").is_some_and(|value| value == "write") {
         std::fs::write(&path, written).expect("the folder is there");
         return;
     }

@@ -25,7 +25,10 @@ use made_up::Mesh;
 use site::{Change, Site, enter_new_namespace, peers_objects};
 
 fn main() -> Result<()> {
-    let arguments: Vec<String> = std::env::args().skip(1).collect();
+    let arguments: Vec<String> = std::env::args_os()
+        .skip(1)
+        .map(|a| a.to_string_lossy().into_owned())
+        .collect();
     let words: Vec<&str> = arguments.iter().map(String::as_str).collect();
     match words[..] {
         ["program", peers, rounds] => program(peers.parse()?, rounds.parse()?),

@@ -202,7 +202,7 @@ impl Chaos {
             let process = mesh.members[x].process.as_ref();
             x == y || process.is_some_and(|p| p.seen.get(y).copied().unwrap_or(0) == newest)
         });
-        let all_list = everyone && leases.map(listed).all(|listed| listed);
+        let all_list = everyone && leases.into_iter().all(listed);
         let what;
         if mesh.members[x].psks[0].kid() != newest {
             let keys = vec![psk(self.psk), psk(self.psk - 1)];

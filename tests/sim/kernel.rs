@@ -4,7 +4,7 @@
 //! every single operation the machine's watch is called, so a test sees each state that packets could meet.
 
 use std::cell::RefCell;
-use std::collections::{BTreeMap, BTreeSet, HashMap};
+use std::collections::{BTreeMap, BTreeSet};
 use std::net::IpAddr;
 use std::rc::Rc;
 
@@ -29,7 +29,7 @@ impl Fault {
 }
 
 /// The sending keys that were ever programmed on any machine of a test, by their bytes.
-pub(crate) type Spent = Rc<RefCell<HashMap<Vec<u8>, String>>>;
+pub(crate) type Spent = Rc<RefCell<BTreeMap<Vec<u8>, String>>>;
 
 type Watch = Rc<dyn Fn(&Op)>;
 
@@ -151,7 +151,7 @@ impl SimKernel {
                 None => machine.carry_out(&op, secret.as_ref()),
                 Some(Fault::LostDone) => machine
                     .carry_out(&op, secret.as_ref())
-                    .and(Err(WriteError::Unknown { op: op.to_string() })),
+                    .and_then(|()| Err(WriteError::Unknown { op: op.to_string() })),
                 Some(Fault::Lost) => Err(WriteError::Unknown { op: op.to_string() }),
                 Some(Fault::Refused) => Err(refused(&op, nix::libc::ENOMEM)),
                 Some(Fault::Failed) => Err(WriteError::Failed {

@@ -112,7 +112,7 @@ fn policy(policy: &Policy) -> String {
 }
 
 fn reqid(reqid: u32) -> String {
-    reqid_slot(reqid).map_or(format!("{reqid:#x}"), |slot| format!("slot {}", slot.get()))
+    reqid_slot(reqid).map_or_else(|| format!("{reqid:#x}"), |slot| format!("slot {}", slot.get()))
 }
 
 fn state(sa: &Sa) -> String {
