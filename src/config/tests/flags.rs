@@ -340,7 +340,7 @@ fn what_has_no_effect_is_warned_of_only_where_it_was_given() {
         "--vmodule=x=1",
     ]);
     let warnings = flags.warnings();
-    assert_eq!(warnings.len(), 3, "{warnings:?}");
+    assert_eq!(warnings.len(), 4, "{warnings:?}");
     assert_eq!(
         run(&[DIR, "--iptables-resync=7", "--iptables-forward-rules"]).warnings(),
         Vec::<String>::new()
