@@ -484,3 +484,23 @@ fn an_unanswered_peer_is_probed_ever_more_slowly_and_a_settled_one_slowly() {
     schedule.sent(now, true, 0.0);
     assert_eq!(schedule.due() - now, Duration::from_secs(15));
 }
+
+#[test]
+fn a_probe_that_is_forged_in_a_peers_name_is_not_heard() {
+    let mut node = node();
+    offer(&mut node, &lease(&statement(2, 7)));
+    let sent = Generation {
+        sender: Epoch(7),
+        receiver: Epoch(100),
+    };
+    let forged = Probe {
+        ask: true,
+        sent,
+        data: Some(sent),
+        ticket: 1,
+    };
+    let bytes = forged.seal(&probe_keys().0);
+    assert!(node.probed([10, 244, 2, 0].into(), &bytes, Duration::ZERO).is_none());
+    let report = node.report(&Default::default(), Duration::ZERO);
+    assert_eq!((report.peers[0].heard, report.peers[0].spi_in.as_ref()), (None, None));
+}

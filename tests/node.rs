@@ -121,6 +121,15 @@ fn a_guard_that_was_made_though_its_answer_was_lost_counts_as_made() {
 #[test]
 fn a_node_without_a_daemon_is_still_heard_after_others_rotated_twice() {
     let mut mesh = Mesh::settled("daemon down", Families::V4, 2);
+    mesh.rotate(0, Cause::Asked);
+    mesh.wire.clear();
+    mesh.read(1, 0, usize::MAX);
+    mesh.turn(1);
+    // Node 0 hears that its new epoch is known and moves; that it did so never comes back, and then nobody listens.
+    while !mesh.wire.is_empty() {
+        mesh.arrive(0);
+        mesh.wire.clear();
+    }
     mesh.stop(1);
     for _ in 0..3 {
         mesh.rotate(0, Cause::Asked);
@@ -128,6 +137,30 @@ fn a_node_without_a_daemon_is_still_heard_after_others_rotated_twice() {
     }
     let flows = |x: usize, y: usize| mesh.views.borrow()[x].flows.contains(&y);
     assert!(flows(1, 0) && flows(0, 1));
+    mesh.settle();
+}
+
+#[test]
+fn a_lease_that_vanishes_and_comes_back_unchanged_brings_no_key_back_to_life() {
+    let mut mesh = Mesh::settled("lease lost", Families::V4, 2);
+    let same = mesh.members[1].versions.last().cloned().expect("it has a lease");
+    let epoch = |mesh: &Mesh| {
+        mesh.members[0]
+            .process
+            .as_ref()
+            .and_then(|process| process.reconciler.node.epoch())
+    };
+    let before = epoch(&mesh);
+    mesh.views.borrow_mut()[1].present = false;
+    mesh.members[1].versions.push(None);
+    mesh.read(0, 1, usize::MAX);
+    mesh.turn(0);
+    mesh.members[1].versions.push(same);
+    mesh.read(0, 1, usize::MAX);
+    mesh.turn(0);
+    mesh.run(Duration::from_secs(5));
+    assert!(epoch(&mesh) > before, "only new keys can serve");
+    mesh.views.borrow_mut()[1].present = true;
     mesh.settle();
 }
 

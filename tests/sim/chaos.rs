@@ -196,13 +196,13 @@ impl Chaos {
             ringmail::admission::verify(lease, &mesh.network, &[psk(self.psk)]).is_ok()
         };
         let everyone = mesh.members.iter().all(|m| m.psks[0].kid() == newest);
-        let leases = mesh.members.iter().filter_map(|m| m.versions.last()?.as_ref());
+        let mut leases = mesh.members.iter().filter_map(|m| m.versions.last()?.as_ref());
         let known = (0..mesh.members.len()).all(|y| {
             let newest = mesh.members[y].versions.len();
             let process = mesh.members[x].process.as_ref();
             x == y || process.is_some_and(|p| p.seen.get(y).copied().unwrap_or(0) == newest)
         });
-        let all_list = everyone && leases.into_iter().all(listed);
+        let all_list = everyone && leases.all(listed);
         let what;
         if mesh.members[x].psks[0].kid() != newest {
             let keys = vec![psk(self.psk), psk(self.psk - 1)];

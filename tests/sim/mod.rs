@@ -6,6 +6,7 @@
 //!   make     networks, settings, uplinks, PSKs
 //!   chaos    all that can happen to it, in an order that a seed tells
 //!   mesh     N real reconcilers, a store, a wire, one clock
+//!   watch    what must hold on every node, after every operation
 //!   text     objects and operations in the words of `ip`
 //! ```
 #![allow(dead_code, reason = "each test binary uses its part")]
@@ -16,3 +17,4 @@ pub(crate) mod make;
 pub(crate) mod mesh;
 pub(crate) mod packet;
 pub(crate) mod text;
+pub(crate) mod watch;

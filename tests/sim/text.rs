@@ -55,7 +55,10 @@ fn line(key: &Key, object: &Object) -> String {
         }
         (Key::Address(link, address), Object::Address) => format!("address {} dev {link}", IpNet::from(*address)),
         (Key::Sa(_), Object::Sa { sa, born }) => {
-            let born = born.map_or("of an earlier process".to_owned(), |born| format!("generation {born}"));
+            let born = born.map_or_else(
+                || "of an earlier process".to_owned(),
+                |born| format!("generation {born}"),
+            );
             format!("{} {born}", state(sa))
         }
         (Key::Route(net), Object::Route { link, source, mtu }) => {
@@ -71,7 +74,7 @@ fn rule(rule: &Rule) -> String {
         Rule::Refuse(Way::Arriving, net) => format!("arriving: from {net}, not ESP: drop"),
         Rule::Refuse(Way::Leaving, net) => format!("leaving: to {net}, not for ESP: drop"),
         Rule::Translate { from, to, source } => {
-            let side = |net: &Option<IpNet>| net.map_or("any".to_owned(), |net| net.to_string());
+            let side = |net: &Option<IpNet>| net.map_or_else(|| "any".to_owned(), |net| net.to_string());
             let source = match source {
                 Source::Kept => "as it is".to_owned(),
                 Source::Base(base) => format!("source {base}"),
