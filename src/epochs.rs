@@ -125,6 +125,8 @@ pub struct Pair {
     inherited: Inherited,
     inherited_until: Option<Duration>,
     heard: Option<Duration>,
+    /// The first tick: who was never heard is silent since then.
+    since: Option<Duration>,
 }
 
 impl Pair {
@@ -259,7 +261,8 @@ impl Pair {
         if self.inherited_until.take_if(|until| *until <= now).is_some() {
             self.inherited.inbound.clear();
         }
-        let silent = self.heard.is_none_or(|heard| now.saturating_sub(heard) >= SILENCE) && now >= SILENCE;
+        let since = *self.since.get_or_insert(now);
+        let silent = now.saturating_sub(self.heard.unwrap_or(since)) >= SILENCE;
         if silent && self.outdated() {
             let data = self.data;
             keep_newest_two(&mut self.own, data.map(|g| g.sender));
@@ -285,7 +288,7 @@ impl Pair {
             Receive::Draining(until) => Some(*until),
             Receive::Wanted | Receive::Installed => None,
         });
-        let silence = self.outdated().then(|| self.heard.unwrap_or_default() + SILENCE);
+        let silence = self.outdated().then(|| self.heard.or(self.since).unwrap_or_default() + SILENCE);
         drains.chain(self.inherited_until).chain(silence).min()
     }
 
