@@ -589,14 +589,15 @@ impl Node {
 
     /// The kernel holds an SA of this process that it did not hold before.
     pub fn made(&mut self, name: &NodeName, sa: &SaId, born: Generation, now: Duration) {
-        let own_slot = self.slot();
-        if sender(sa) == own_slot {
-            return;
-        }
+        let sends = sender(sa) == self.slot();
         if let Some(peer) = self.peers.get_mut(name) {
-            let before = peer.pair.probe();
-            peer.pair.installed(born);
-            if peer.pair.probe() != before {
+            let before = (peer.pair.probe(), peer.pair.data());
+            if sends {
+                peer.pair.sent(born);
+            } else {
+                peer.pair.installed(born);
+            }
+            if (peer.pair.probe(), peer.pair.data()) != before {
                 self.retimed(name, |peer| peer.schedule = Schedule::at_once(now));
             }
             self.dirty.insert(Scope::Peer(name.clone()));
