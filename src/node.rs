@@ -166,6 +166,10 @@ pub struct Datagram {
     pub bytes: [u8; probe::LEN],
     /// The generation that it names, and so must be carried on.
     pub sent: Generation,
+    /// The generation that it says our data goes on.
+    pub data: Option<Generation>,
+    /// The subnets that this data is for.
+    pub subnets: Subnets,
 }
 
 /// Everything the node knows and decides.
