@@ -81,7 +81,9 @@ enum Receive {
 
 #[derive(Clone, Copy, Debug, Eq, Hash, Ord, PartialEq, PartialOrd)]
 enum Send {
-    /// The kernel has it, or is about to get it.
+    /// Its key is on the way to the kernel.
+    Making,
+    /// The kernel has it.
     Live,
     /// It is gone or no longer needed; its key is spent.
     Spent,
@@ -125,6 +127,8 @@ pub struct Pair {
     inherited: Inherited,
     inherited_until: Option<Duration>,
     heard: Option<Duration>,
+    /// The first tick: who was never heard is silent since then.
+    since: Option<Duration>,
 }
 
 impl Pair {
@@ -189,7 +193,15 @@ impl Pair {
 
     /// The sending SA of `generation` is being programmed: its key is spent from here on.
     pub fn programmed(&mut self, generation: Generation) {
-        self.outbound.entry(generation).or_insert(Send::Live);
+        self.outbound.entry(generation).or_insert(Send::Making);
+    }
+
+    /// The kernel has the sending SA of `generation`: data may move to it.
+    pub fn sent(&mut self, generation: Generation) {
+        if let Some(state @ Send::Making) = self.outbound.get_mut(&generation) {
+            *state = Send::Live;
+        }
+        self.choose();
     }
 
     /// The kernel refused the sending SA of `generation` for sure: its key was never used.
@@ -201,7 +213,7 @@ impl Pair {
     pub fn lost_sending(&mut self, generation: Generation) -> bool {
         self.confirmed.remove(&generation);
         match self.outbound.insert(generation, Send::Spent) {
-            Some(Send::Live) => true,
+            Some(Send::Making | Send::Live) => true,
             Some(Send::Spent) | None => false,
         }
     }
@@ -259,7 +271,8 @@ impl Pair {
         if self.inherited_until.take_if(|until| *until <= now).is_some() {
             self.inherited.inbound.clear();
         }
-        let silent = self.heard.is_none_or(|heard| now.saturating_sub(heard) >= SILENCE) && now >= SILENCE;
+        let since = *self.since.get_or_insert(now);
+        let silent = now.saturating_sub(self.heard.unwrap_or(since)) >= SILENCE;
         if silent && self.outdated() {
             let data = self.data;
             keep_newest_two(&mut self.own, data.map(|g| g.sender));
@@ -285,7 +298,9 @@ impl Pair {
             Receive::Draining(until) => Some(*until),
             Receive::Wanted | Receive::Installed => None,
         });
-        let silence = self.outdated().then(|| self.heard.unwrap_or_default() + SILENCE);
+        let silence = self
+            .outdated()
+            .then(|| self.heard.or(self.since).unwrap_or_default() + SILENCE);
         drains.chain(self.inherited_until).chain(silence).min()
     }
 
@@ -320,15 +335,19 @@ impl Pair {
             .retain(|g| own.contains(&g.sender) && held.contains(&g.receiver));
     }
 
-    /// Rule 4: data goes on the newest confirmed generation, never back in either part.
+    /// The newest confirmed generation that data may go to, of those that `fit`; never back in either part.
+    fn best(&self, fit: impl Fn(Option<&Send>) -> bool) -> Option<Generation> {
+        let reachable = self.confirmed.iter().copied().filter(|g| {
+            let forward = self.data.is_none_or(|floor| g.reaches(floor));
+            forward && fit(self.outbound.get(g))
+        });
+        reachable.max_by_key(|g| (g.receiver, g.sender))
+    }
+
+    /// Rule 4: data goes on the newest confirmed generation, never back in either part; and only once the kernel has
+    /// its SA, so that one whose making fails costs nothing.
     fn choose(&mut self) {
-        let floor = self.data;
-        let best = self
-            .confirmed
-            .iter()
-            .copied()
-            .filter(|g| floor.is_none_or(|floor| g.reaches(floor)));
-        let Some(best) = best.max_by_key(|g| (g.receiver, g.sender)) else {
+        let Some(best) = self.best(|state| state == Some(&Send::Live)) else {
             return;
         };
         self.data = Some(best);
@@ -380,10 +399,10 @@ impl Pair {
         let live = self
             .outbound
             .iter()
-            .filter(|(_, state)| **state == Send::Live)
+            .filter(|(_, state)| **state != Send::Spent)
             .map(|(g, _)| *g);
-        let fresh = self
-            .data
+        let next = self.best(|state| state != Some(&Send::Spent));
+        let fresh = next
             .into_iter()
             .chain(self.probe())
             .filter(|g| !self.outbound.contains_key(g));

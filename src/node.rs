@@ -166,6 +166,10 @@ pub struct Datagram {
     pub bytes: [u8; probe::LEN],
     /// The generation that it names, and so must be carried on.
     pub sent: Generation,
+    /// The generation that it says our data goes on.
+    pub data: Option<Generation>,
+    /// The subnets that this data is for.
+    pub subnets: Subnets,
 }
 
 /// Everything the node knows and decides.
@@ -589,14 +593,15 @@ impl Node {
 
     /// The kernel holds an SA of this process that it did not hold before.
     pub fn made(&mut self, name: &NodeName, sa: &SaId, born: Generation, now: Duration) {
-        let own_slot = self.slot();
-        if sender(sa) == own_slot {
-            return;
-        }
+        let sends = sender(sa) == self.slot();
         if let Some(peer) = self.peers.get_mut(name) {
-            let before = peer.pair.probe();
-            peer.pair.installed(born);
-            if peer.pair.probe() != before {
+            let before = (peer.pair.probe(), peer.pair.data());
+            if sends {
+                peer.pair.sent(born);
+            } else {
+                peer.pair.installed(born);
+            }
+            if (peer.pair.probe(), peer.pair.data()) != before {
                 self.retimed(name, |peer| peer.schedule = Schedule::at_once(now));
             }
             self.dirty.insert(Scope::Peer(name.clone()));

@@ -127,20 +127,24 @@ impl<D: Datapath> Reconciler<D> {
         self.failing.values().map(|failing| failing.next).min()
     }
 
-    /// Whether the kernel carries `datagram` on the generation that it names, and on no other.
+    /// Whether `datagram` tells the truth: the kernel carries it on the generation that it names and on no other, and
+    /// data on the one that it says. The peer drops what it believes is no longer sent on.
     pub fn carries(&self, datagram: &Datagram) -> bool {
-        let own = self
-            .node
-            .base(datagram.to)
-            .map(|own| ipsec::probe_policy(own, datagram.to));
-        let (Some(id), Some(slot)) = (own, self.node.slot()) else {
+        let (Some(own), Some(slot)) = (self.node.base(datagram.to), self.node.slot()) else {
             return false;
         };
-        let Some(Object::Policy(policy)) = self.actual.get(&Key::Policy(id)) else {
-            return false;
+        let through = |id, generation| {
+            let Some(Object::Policy(policy)) = self.actual.get(&Key::Policy(id)) else {
+                return false;
+            };
+            let spi = ipsec::spi(slot, generation).0;
+            policy.template.as_ref().is_some_and(|template| template.spi == spi)
         };
-        let spi = ipsec::spi(slot, datagram.sent).0;
-        policy.template.as_ref().is_some_and(|template| template.spi == spi)
+        let mut subnets = datagram.subnets.iter();
+        through(ipsec::probe_policy(own, datagram.to), datagram.sent)
+            && datagram
+                .data
+                .is_none_or(|data| subnets.all(|subnet| through(ipsec::data_policy(subnet), data)))
     }
 
     /// Takes what a notification says.

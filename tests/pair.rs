@@ -70,6 +70,7 @@ fn reconcile(node: &mut Node, me: usize) -> Result<(), String> {
         if node.pair != before && !node.spent.insert(sa(me, generation)) {
             return Err(format!("{me} programs the sending key of {generation} twice"));
         }
+        node.pair.sent(generation);
     }
     node.pair.tick(DRAIN);
     let receiving = node.pair.receiving().map(|generation| sa(1 - me, generation));

@@ -238,12 +238,7 @@ pub fn peer(facts: &PeerFacts) -> Objects {
                 spi: through.spi,
                 reqid,
             };
-            policy(
-                &mut objects,
-                between(Direction::Out, any, subnet),
-                priority::PEER,
-                template,
-            );
+            policy(&mut objects, data_policy(subnet), priority::PEER, template);
         }
     }
     // One family is enough for probes: the first that both have.
@@ -272,6 +267,11 @@ pub fn peer(facts: &PeerFacts) -> Objects {
         }
     }
     objects
+}
+
+/// The id of the policy that carries data to a peer's subnet.
+pub fn data_policy(subnet: IpNet) -> PolicyId {
+    between(Direction::Out, any(subnet), subnet)
 }
 
 /// The id of the policy that carries probes from our base address to a peer's.

@@ -73,6 +73,8 @@ impl Node {
             to,
             bytes: probe.seal(&peer.keys.get(&sent)?.probe),
             sent,
+            data,
+            subnets: peer.subnets,
         })
     }
 
