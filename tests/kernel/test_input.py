@@ -361,7 +361,7 @@ def test_a_network_without_a_free_subnet_is_named_with_the_remedy(place):
 
 def test_an_encapsulation_port_in_use_is_named_and_taken_when_it_is_free(place):
     place.conf.write_text('{"Network": "10.244.0.0/16", "Backend": {"Type": "ipsec", "UDPEncap": true}}')
-    with place.node.listen(4500, address="192.168.77.1"):
+    with place.node.listen(4500):
         log = place.start()
         eventually("the log names it", lambda: "192.168.77.1:4500 is in use by another program" in log.read_text(), 20)
         assert "ss -ulpn" in log.read_text() and "EncapPort" in log.read_text()
