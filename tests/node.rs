@@ -178,6 +178,29 @@ fn a_new_epoch_never_takes_the_spis_of_one_that_a_policy_still_names() {
 }
 
 #[test]
+fn a_peer_whose_inherited_sas_were_flushed_before_it_was_read_is_served_at_once() {
+    let mut mesh = Mesh::settled("flush in a restart", Families::V4, 2);
+    // Each of these epochs is known to the peer and none confirmed, so a good many SAs are there.
+    for _ in 0..12 {
+        mesh.rotate(0, Cause::Asked);
+        mesh.read(1, 0, usize::MAX);
+        mesh.turn(1);
+        mesh.wire.clear();
+        mesh.now += Duration::from_secs(1);
+    }
+    mesh.stop(1);
+    mesh.boot(1);
+    mesh.hurt(1, |kernel| kernel.flush_by_hand(Kind::Sa));
+    mesh.turn(1);
+    mesh.hold(1);
+    mesh.read(1, 0, usize::MAX);
+    mesh.turn(1);
+    mesh.run(Duration::from_secs(2));
+    assert!(mesh.views.borrow()[1].flows.contains(&0));
+    mesh.settle();
+}
+
+#[test]
 fn no_peer_is_opened_while_the_guard_can_not_be_made() {
     let mut mesh = Mesh::new("no guard", Families::V4);
     for _ in 0..2 {
