@@ -356,7 +356,7 @@ impl<D: Datapath> Reconciler<D> {
                 .map(|key| Op::Break(key.clone()))
                 .collect();
         }
-        let desired = self.node.desired(scope);
+        let desired = self.still_possible(scope);
         let mut owned = self.owned.remove(scope).unwrap_or_default();
         for key in desired.keys() {
             if let Some(other) = self.owner.insert(key.clone(), scope.clone())
@@ -379,6 +379,26 @@ impl<D: Datapath> Reconciler<D> {
             self.owned.insert(scope.clone(), owned);
         }
         ops
+    }
+
+    /// What a scope wants, without what an earlier process made and has gone since: nobody can make it again.
+    fn still_possible(&mut self, scope: &Scope) -> Objects {
+        let desired = self.node.desired(scope);
+        let Scope::Peer(name) = scope else { return desired };
+        let gone: Vec<SaId> = desired
+            .iter()
+            .filter_map(|(key, object)| match (key, object) {
+                (Key::Sa(id), Object::Sa { born: None, .. }) if !self.actual.contains_key(key) => Some(*id),
+                _ => None,
+            })
+            .collect();
+        if gone.is_empty() {
+            return desired;
+        }
+        for id in &gone {
+            self.node.lost(name, id, None);
+        }
+        self.node.desired(scope)
     }
 
     /// Writes ordered operations, one batch for each run of one kind; returns the scopes that failed. Where the node is

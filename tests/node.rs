@@ -26,8 +26,8 @@ fn number(variable: &str) -> Option<u64> {
 }
 
 /// Lets things happen to a mesh of `nodes` for each of `seeds`, and then comes to rest.
-fn explore(seeds: std::ops::Range<u64>, nodes: u32) {
-    let seeds = number("RINGMAIL_SEED").map_or(seeds, |seed| seed..seed + 1);
+fn explore(seeds: impl IntoIterator<Item = u64>, nodes: u32) {
+    let seeds = number("RINGMAIL_SEED").map_or_else(|| seeds.into_iter().collect::<Vec<_>>(), |seed| vec![seed]);
     let steps = number("RINGMAIL_STEPS").unwrap_or(STEPS);
     let mut count = std::collections::BTreeMap::new();
     for seed in seeds {
@@ -51,12 +51,13 @@ const STEPS: u64 = 300;
 
 #[test]
 fn two_nodes_never_lose_data_or_let_it_out_in_the_clear_whatever_happens() {
-    explore(0..45, 2);
+    // The last ones found mistakes once.
+    explore((0..45).chain([6030, 6083, 6089, 6113]), 2);
 }
 
 #[test]
 fn three_nodes_never_lose_data_or_let_it_out_in_the_clear_whatever_happens() {
-    explore(1000..1020, 3);
+    explore((1000..1020).chain([5011, 5032, 5075, 5081, 5105]), 3);
 }
 
 #[test]
@@ -174,6 +175,29 @@ fn a_new_epoch_never_takes_the_spis_of_one_that_a_policy_still_names() {
     mesh.hurt(0, |kernel| kernel.flush_by_hand(Kind::Sa));
     mesh.turn(0);
     mesh.turn(0);
+    mesh.settle();
+}
+
+#[test]
+fn a_peer_whose_inherited_sas_were_flushed_before_it_was_read_is_served_at_once() {
+    let mut mesh = Mesh::settled("flush in a restart", Families::V4, 2);
+    // Each of these epochs is known to the peer and none confirmed, so a good many SAs are there.
+    for _ in 0..12 {
+        mesh.rotate(0, Cause::Asked);
+        mesh.read(1, 0, usize::MAX);
+        mesh.turn(1);
+        mesh.wire.clear();
+        mesh.now += Duration::from_secs(1);
+    }
+    mesh.stop(1);
+    mesh.boot(1);
+    mesh.hurt(1, |kernel| kernel.flush_by_hand(Kind::Sa));
+    mesh.turn(1);
+    mesh.hold(1);
+    mesh.read(1, 0, usize::MAX);
+    mesh.turn(1);
+    mesh.run(Duration::from_secs(2));
+    assert!(mesh.views.borrow()[1].flows.contains(&0));
     mesh.settle();
 }
 

@@ -443,7 +443,9 @@ impl Mesh {
                         self.turn(x);
                     }
                 }
-                if self.members[x].kernel.look(|machine| !machine.notices.is_empty()) {
+                if self.members[x].process.is_some()
+                    && self.members[x].kernel.look(|machine| !machine.notices.is_empty())
+                {
                     quiet = false;
                     self.turn(x);
                 }
