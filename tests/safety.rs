@@ -15,7 +15,7 @@ use ringmail::node::Cause;
 use sim::kernel::{Fault, SimKernel};
 use sim::make::{self, Families};
 use sim::mesh::Mesh;
-use sim::packet::{Layers, Leak, Surroundings, cuts, leaks};
+use sim::packet::{Layers, Leak, Scene, Surroundings, cuts, leaks};
 
 /// Looks at node 0 after each of its operations, in each way that its layers can stand alone; counts the looks.
 fn look_closely(mesh: &Mesh) -> Rc<Cell<usize>> {
@@ -29,7 +29,7 @@ fn look_closely(mesh: &Mesh) -> Rc<Cell<usize>> {
             let views = views.borrow();
             let around = &views[0].around;
             let peers: Vec<_> = views[1..].iter().flat_map(|view| view.around.own.iter()).collect();
-            let wrong = machine.look(|machine| alone(&machine.objects, around, &peers, views[0].hurt));
+            let wrong = machine.look(|machine| alone(machine.scene(), around, &peers, views[0].hurt));
             assert!(wrong.is_empty(), "after {}: {wrong:?}", sim::text::op(op));
             counted.set(counted.get() + 1);
         }
@@ -43,7 +43,7 @@ fn nobody() -> [ipnet::IpNet; 2] {
 }
 
 /// What leaks where only some layers stand: the way out is shut three times over, the way in twice.
-fn alone(objects: &Objects, around: &Surroundings, peers: &[ipnet::IpNet], filter_follows: bool) -> Vec<String> {
+fn alone(scene: &Scene, around: &Surroundings, peers: &[ipnet::IpNet], filter_follows: bool) -> Vec<String> {
     let none = Layers {
         firewall: false,
         policies: false,
@@ -87,7 +87,7 @@ fn alone(objects: &Objects, around: &Surroundings, peers: &[ipnet::IpNet], filte
         if filter_follows && layers.firewall {
             continue;
         }
-        let found = leaks(objects, around, layers, peers, &nobody(), ways);
+        let found = leaks(scene, around, layers, peers, &nobody(), ways);
         wrong.extend(found.into_iter().map(|leak| format!("{how}: {leak}")));
     }
     wrong
@@ -239,14 +239,21 @@ fn cold(families: Families, order: &[&str], fault: Option<(usize, Fault)>) -> us
                 })
                 .collect();
             // The way out is shut from the first object of the guard on, whichever that is.
-            let mut found = leaks(objects, around, Layers::ALL, &guarded, &[], Leak::OUT);
+            let mut found = leaks(machine.scene(), around, Layers::ALL, &guarded, &[], Leak::OUT);
             if objects.contains_key(&Key::Firewall) {
                 // The filter comes before all else, and by itself shuts the way in.
-                found.extend(leaks(objects, around, Layers::ALL, &peers, &nobody(), Leak::ALL));
+                found.extend(leaks(
+                    machine.scene(),
+                    around,
+                    Layers::ALL,
+                    &peers,
+                    &nobody(),
+                    Leak::ALL,
+                ));
             }
             // Before there is a lease there is no own pod; where it comes first of all, none is ever cut off.
             if at_once || objects.keys().any(|key| matches!(key, Key::Guard(Guard::Local, _))) && complete(objects) {
-                found.extend(cuts(objects, around));
+                found.extend(cuts(machine.scene(), around));
             }
             assert!(found.is_empty(), "after {}: {found:?}", sim::text::op(op));
         });
@@ -327,7 +334,7 @@ fn cleanup_opens_the_way_out_with_its_last_objects_only() {
             machine.look(|machine| {
                 let objects = &machine.objects;
                 if objects.contains_key(&Key::Firewall) {
-                    let found = leaks(objects, &around, Layers::ALL, &peers, &nobody(), Leak::ALL);
+                    let found = leaks(machine.scene(), &around, Layers::ALL, &peers, &nobody(), Leak::ALL);
                     assert!(found.is_empty(), "after {}: {found:?}", sim::text::op(op));
                 }
                 let shut = |net: &ipnet::IpNet| {
@@ -335,10 +342,10 @@ fn cleanup_opens_the_way_out_with_its_last_objects_only() {
                     objects.keys().any(whole)
                 };
                 let guarded: Vec<_> = peers.iter().copied().chain(nobody()).filter(shut).collect();
-                let found = leaks(objects, &around, Layers::ALL, &guarded, &[], Leak::OUT);
+                let found = leaks(machine.scene(), &around, Layers::ALL, &guarded, &[], Leak::OUT);
                 assert!(found.is_empty(), "after {}: {found:?}", sim::text::op(op));
                 // Pods reach their node all the while.
-                let found = cuts(objects, &around);
+                let found = cuts(machine.scene(), &around);
                 assert!(found.is_empty(), "after {}: {found:?}", sim::text::op(op));
             });
         });
@@ -379,7 +386,7 @@ fn a_flush_of_one_kind_by_hand_opens_nothing_and_is_mended_in_one_turn() {
             };
             let found = mesh.members[0]
                 .kernel
-                .look(|machine| leaks(&machine.objects, &around, Layers::ALL, &peers, &nobody(), ways));
+                .look(|machine| leaks(machine.scene(), &around, Layers::ALL, &peers, &nobody(), ways));
             assert!(found.is_empty(), "{kind:?}: {found:?}");
             mesh.turn(0);
             let process = mesh.members[0].process.as_ref().expect("it runs");

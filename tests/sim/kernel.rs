@@ -3,13 +3,15 @@
 //! A [`SimKernel`] is a handle, as a netlink socket is: the machine's state outlives the process that holds it. After
 //! every single operation the machine's watch is called, so a test sees each state that packets could meet.
 
-use std::cell::RefCell;
+use std::cell::{OnceCell, RefCell};
 use std::collections::{BTreeMap, BTreeSet};
 use std::net::IpAddr;
 use std::rc::Rc;
 
 use ringmail::kernel::{Counters, Datapath, Event, Key, Kind, Object, Objects, Op, Refused, Write, WriteError};
 use xfrm::{KernelError, PolicyId, SaId};
+
+use super::packet::Scene;
 
 /// How an operation fails.
 #[derive(Clone, Copy, Debug, Eq, PartialEq)]
@@ -57,6 +59,8 @@ pub(crate) struct Machine {
     pub(crate) notices: Vec<Event>,
     watch: Option<Watch>,
     spent: Spent,
+    /// The objects as packets meet them, until something changes.
+    scene: OnceCell<Scene>,
 }
 
 /// A process's handle on its machine.
@@ -93,7 +97,14 @@ impl SimKernel {
     }
 
     pub(crate) fn with<T>(&self, change: impl FnOnce(&mut Machine) -> T) -> T {
-        change(&mut self.machine.borrow_mut())
+        let mut machine = self.machine.borrow_mut();
+        machine.scene.take();
+        change(&mut machine)
+    }
+
+    /// What the process hears when it next listens.
+    pub(crate) fn notices(&self) -> Vec<Event> {
+        std::mem::take(&mut self.machine.borrow_mut().notices)
     }
 
     /// Calls `watch` after every single operation from now on.
@@ -141,6 +152,7 @@ impl SimKernel {
         let Write { op, secret } = write;
         let (result, watch) = {
             let mut machine = self.machine.borrow_mut();
+            machine.scene.take();
             let number = machine.log.len();
             let fault = machine
                 .faults
@@ -178,6 +190,11 @@ impl SimKernel {
 }
 
 impl Machine {
+    /// The objects as packets meet them.
+    pub(crate) fn scene(&self) -> &Scene {
+        self.scene.get_or_init(|| Scene::of(&self.objects))
+    }
+
     /// What the real kernel and its adapter do with one operation.
     fn carry_out(&mut self, op: &Op, secret: Option<&keys::SaKey>) -> Result<(), WriteError> {
         match op {

@@ -23,7 +23,7 @@ use xfrm::Sa;
 
 use super::kernel::{SimKernel, Spent, unborn};
 use super::make::{self, Families};
-use super::packet::{Fate, From, Layers, Packet, Surroundings, fate, sas};
+use super::packet::{Fate, From, Layers, Packet, Surroundings, fate};
 use super::watch::{View, Views, check_all, check_operation, read_by};
 
 /// The clock of the world at its begin, seconds since 1970.
@@ -286,7 +286,7 @@ impl Mesh {
         let member = &mut self.members[x];
         let Some(process) = &mut member.process else { return };
         let clock = now - process.began;
-        for event in member.kernel.with(|machine| std::mem::take(&mut machine.notices)) {
+        for event in member.kernel.notices() {
             process.reconciler.notice(event);
         }
         process.reconciler.pass(clock);
@@ -337,8 +337,11 @@ impl Mesh {
         };
         let views = self.views.borrow();
         let sent = member.kernel.look(|machine| {
-            match fate(&machine.objects, &views[x].around, Layers::ALL, From::Node, packet) {
-                Fate::Sealed(id) => sas(&machine.objects)
+            match fate(machine.scene(), &views[x].around, Layers::ALL, From::Node, packet) {
+                Fate::Sealed(id) => machine
+                    .scene()
+                    .sas()
+                    .iter()
                     .find(|sa| sa.id() == id)
                     .cloned()
                     .zip(machine.keys.get(&id).cloned()),
@@ -515,7 +518,7 @@ impl Mesh {
                     difference.is_empty(),
                     "{x}'s kernel is not as it wants it:\n{difference}"
                 );
-                let sas = sas(&machine.objects).count();
+                let sas = machine.scene().sas().len();
                 assert!(
                     sas == 2 * (running.len() - 1),
                     "{x} keeps SAs of the past: {}",

@@ -12,9 +12,10 @@
 use std::net::IpAddr;
 
 use ipnet::IpNet;
+use ringmail::kernel::firewall::Firewall;
 use ringmail::kernel::{Key, Object, Objects};
 use ringmail::lease::Subnets;
-use xfrm::{Action, Direction, Sa, SaId, Selector, Template};
+use xfrm::{Action, Direction, Policy, Sa, SaId, Selector, Template};
 
 const LO: u32 = 1;
 const PODS: u32 = 900;
@@ -81,6 +82,7 @@ pub(crate) enum Fate {
     Dropped(&'static str),
 }
 
+#[derive(Clone, Copy)]
 enum Way {
     Local,
     Pods,
@@ -89,18 +91,91 @@ enum Way {
     Unreachable,
 }
 
-/// Sends `packet` through a node that holds `objects`.
-pub(crate) fn fate(objects: &Objects, around: &Surroundings, layers: Layers, from: From<'_>, packet: Packet) -> Fate {
+/// Objects as packets meet them: sorted once, so that many packets can be sent through.
+#[derive(Debug, Default)]
+pub(crate) struct Scene {
+    firewall: Option<Firewall>,
+    /// Of each direction, the lowest priority number first.
+    policies: [Vec<Policy>; 3],
+    sas: Vec<Sa>,
+    unreachable: Vec<IpNet>,
+    routes: Vec<IpNet>,
+    addresses: Vec<IpAddr>,
+}
+
+impl Scene {
+    pub(crate) fn of(objects: &Objects) -> Self {
+        let mut scene = Self::default();
+        for (key, object) in objects {
+            match (key, object) {
+                (Key::Firewall, Object::Firewall(rules)) => scene.firewall = Some((**rules).clone()),
+                (_, Object::Policy(policy)) => scene.policies[policy.id.direction as usize].push((**policy).clone()),
+                (_, Object::Sa { sa, .. }) => scene.sas.push((**sa).clone()),
+                (Key::GuardRoute(net), Object::Unreachable) => scene.unreachable.push(*net),
+                (Key::Route(net), Object::Route { .. }) => scene.routes.push(*net),
+                (Key::Address(_, address), _) => scene.addresses.push(*address),
+                _ => {}
+            }
+        }
+        for policies in &mut scene.policies {
+            policies.sort_by_key(|policy| policy.priority);
+        }
+        scene
+    }
+
+    /// The SAs that are there.
+    pub(crate) fn sas(&self) -> &[Sa] {
+        &self.sas
+    }
+
+    fn way(&self, around: &Surroundings, layers: Layers, dst: IpAddr) -> Way {
+        if around.addresses.contains(&dst) || layers.routes && self.addresses.contains(&dst) {
+            return Way::Local;
+        }
+        let all = |nets: &[IpNet], way| {
+            let net = nets
+                .iter()
+                .filter(|net| net.contains(&dst))
+                .map(|net| net.prefix_len())
+                .max();
+            net.map(|len| (len, way))
+        };
+        let own = around
+            .own
+            .iter()
+            .find(|net| net.contains(&dst))
+            .map(|net| (net.prefix_len(), Way::Pods));
+        let ours = [all(&self.unreachable, Way::Unreachable), all(&self.routes, Way::Mesh)];
+        let ways = own
+            .into_iter()
+            .chain(ours.into_iter().flatten().filter(|_| layers.routes));
+        ways.max_by_key(|(len, _)| *len).map_or(Way::Uplink, |(_, way)| way)
+    }
+
+    fn lookup(&self, layers: Layers, direction: Direction, packet: Packet, device: u32) -> Option<Verdict> {
+        let policies = layers.policies.then_some(&self.policies[direction as usize])?;
+        let policy = policies
+            .iter()
+            .find(|policy| selects(&policy.id.selector, packet, device))?;
+        Some((policy.action, policy.template))
+    }
+}
+
+type Verdict = (Action, Option<Template>);
+
+/// Sends `packet` through a node that holds what is on the `scene`.
+pub(crate) fn fate(scene: &Scene, around: &Surroundings, layers: Layers, from: From<'_>, packet: Packet) -> Fate {
     let Packet { src, dst, .. } = packet;
     let filtered = |address: IpAddr| {
         layers.firewall
-            && matches!(objects.get(&Key::Firewall), Some(Object::Firewall(rules))
-                if rules.uplink == around.uplink.0 && rules.networks.iter().any(|net| net.contains(&address)))
+            && scene.firewall.as_ref().is_some_and(|rules| {
+                rules.uplink == around.uplink.0 && rules.networks.iter().any(|net| net.contains(&address))
+            })
     };
     if from == From::Uplink && filtered(src) {
         return Fate::Dropped("filter: arriving");
     }
-    let way = route(objects, around, layers, dst);
+    let way = scene.way(around, layers, dst);
     let device = match way {
         Way::Unreachable => return Fate::Dropped("unreachable"),
         Way::Local => LO,
@@ -118,21 +193,21 @@ pub(crate) fn fate(objects: &Objects, around: &Surroundings, layers: Layers, fro
             From::Tunnel(sa) => Some(sa),
             _ => None,
         };
-        if let Err(why) = admit(lookup(objects, layers, direction, packet, device), sa) {
+        if let Err(why) = admit(scene.lookup(layers, direction, packet, device), sa) {
             return Fate::Dropped(why);
         }
     }
     if matches!(way, Way::Local) {
         return Fate::Delivered;
     }
-    match lookup(objects, layers, Direction::Out, packet, device) {
+    match scene.lookup(layers, Direction::Out, packet, device) {
         Some((Action::Block, _)) => return Fate::Dropped("block out"),
         Some((Action::Allow, Some(template))) => {
             let serves = |sa: &Sa| {
                 (sa.src, sa.dst, sa.reqid) == (template.src, template.dst, template.reqid)
                     && (template.spi == 0 || template.spi == sa.spi)
             };
-            return match sas(objects).find(|sa| serves(sa)) {
+            return match scene.sas.iter().find(|sa| serves(sa)) {
                 Some(sa) => Fate::Sealed(sa.id()),
                 None => Fate::Dropped("no SA"),
             };
@@ -145,50 +220,6 @@ pub(crate) fn fate(objects: &Objects, around: &Surroundings, layers: Layers, fro
         _ if filtered(dst) => Fate::Dropped("filter: leaving"),
         _ => Fate::Plain,
     }
-}
-
-/// The SAs that are there.
-pub(crate) fn sas(objects: &Objects) -> impl Iterator<Item = &Sa> {
-    objects.values().filter_map(|object| match object {
-        Object::Sa { sa, .. } => Some(&**sa),
-        _ => None,
-    })
-}
-
-fn route(objects: &Objects, around: &Surroundings, layers: Layers, dst: IpAddr) -> Way {
-    let own = around.own.iter().filter(|net| net.contains(&dst));
-    let mut ways: Vec<(u8, Way)> = own.map(|net| (net.prefix_len(), Way::Pods)).collect();
-    if around.addresses.contains(&dst) {
-        ways.push((129, Way::Local));
-    }
-    for (key, object) in objects.iter().filter(|_| layers.routes) {
-        match (key, object) {
-            (Key::GuardRoute(net), Object::Unreachable) if net.contains(&dst) => {
-                ways.push((net.prefix_len(), Way::Unreachable));
-            }
-            (Key::Route(net), Object::Route { .. }) if net.contains(&dst) => ways.push((net.prefix_len(), Way::Mesh)),
-            (Key::Address(_, address), _) if *address == dst => ways.push((129, Way::Local)),
-            _ => {}
-        }
-    }
-    let longest = ways.into_iter().max_by_key(|(len, _)| *len);
-    longest.map_or(Way::Uplink, |(_, way)| way)
-}
-
-type Verdict = (Action, Option<Template>);
-
-fn lookup(objects: &Objects, layers: Layers, direction: Direction, packet: Packet, device: u32) -> Option<Verdict> {
-    let policies = objects
-        .values()
-        .filter(|_| layers.policies)
-        .filter_map(|object| match object {
-            Object::Policy(policy) => Some(policy),
-            _ => None,
-        });
-    policies
-        .filter(|policy| policy.id.direction == direction && selects(&policy.id.selector, packet, device))
-        .min_by_key(|policy| policy.priority)
-        .map(|policy| (policy.action, policy.template))
 }
 
 fn selects(selector: &Selector, packet: Packet, device: u32) -> bool {
@@ -231,7 +262,7 @@ pub(crate) fn pod(net: IpNet) -> IpAddr {
 /// What must never happen on a node, given what it holds: each violation in words. `nobody` is a subnet of the Network
 /// that no one holds; `layers` what counts.
 pub(crate) fn leaks(
-    objects: &Objects,
+    scene: &Scene,
     around: &Surroundings,
     layers: Layers,
     peers: &[IpNet],
@@ -241,7 +272,7 @@ pub(crate) fn leaks(
     let mut found = Vec::new();
     let same = |a: &IpNet, b: &IpNet| a.addr().is_ipv4() == b.addr().is_ipv4();
     let mut see = |what: String, from: From<'_>, packet: Packet, bad: Fate| {
-        if fate(objects, around, layers, from, packet) == bad {
+        if fate(scene, around, layers, from, packet) == bad {
             found.push(format!("{what}: {} to {} is {bad:?}", packet.src, packet.dst));
         }
     };
@@ -353,11 +384,11 @@ impl Leak {
 }
 
 /// What must go on working on a node whatever else happens: each failure in words.
-pub(crate) fn cuts(objects: &Objects, around: &Surroundings) -> Vec<String> {
+pub(crate) fn cuts(scene: &Scene, around: &Surroundings) -> Vec<String> {
     let mut found = Vec::new();
     let mut need = |what: &str, from: From<'_>, src: IpAddr, dst: IpAddr, good: Fate| {
         let packet = Packet { src, dst, udp: None };
-        let fate = fate(objects, around, Layers::ALL, from, packet);
+        let fate = fate(scene, around, Layers::ALL, from, packet);
         if fate != good {
             found.push(format!("{what}: {src} to {dst} is {fate:?}"));
         }
@@ -373,7 +404,7 @@ pub(crate) fn cuts(objects: &Objects, around: &Surroundings) -> Vec<String> {
             need("a pod to its node", From::Behind, pod, *node, Fate::Delivered);
             need("a node to its pod", From::Node, *node, pod, Fate::Delivered);
         }
-        if objects.contains_key(&Key::Address("ringmail0".into(), own.network())) {
+        if scene.addresses.contains(&own.network()) {
             need(
                 "a pod to its node's base",
                 From::Behind,

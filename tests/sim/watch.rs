@@ -8,7 +8,7 @@ use ringmail::kernel::{Kind, Op};
 use xfrm::Sa;
 
 use super::kernel::SimKernel;
-use super::packet::{Fate, From, Layers, Leak, Packet, Surroundings, cuts, fate, leaks, pod, sas};
+use super::packet::{Fate, From, Layers, Leak, Packet, Surroundings, cuts, fate, leaks, pod};
 
 /// A node as its packets see it; shared with the watch of every kernel.
 pub(crate) struct View {
@@ -37,11 +37,11 @@ pub(crate) fn read_by(to: &View, sa: &Sa, key: &[u8], packet: Packet) -> Result<
                 && theirs.esn == sa.esn
                 && theirs.af_unspec == sa.af_unspec
         };
-        match sas(&machine.objects).find(|theirs| theirs.id() == sa.id()) {
+        match machine.scene().sas().iter().find(|theirs| theirs.id() == sa.id()) {
             None => Err("has no such SA".into()),
             Some(_) if machine.keys.get(&sa.id()).is_none_or(|held| held != key) => Err("has another key".into()),
             Some(theirs) if !same(theirs) => Err(format!("has it as {theirs:?}, sent is {sa:?}")),
-            Some(theirs) => match fate(&machine.objects, &to.around, Layers::ALL, From::Tunnel(theirs), packet) {
+            Some(theirs) => match fate(machine.scene(), &to.around, Layers::ALL, From::Tunnel(theirs), packet) {
                 Fate::Delivered => Ok(()),
                 fate => Err(format!("decrypts it, then: {fate:?}")),
             },
@@ -85,9 +85,9 @@ fn check_leaks(views: &[View], x: usize, after: &str) {
     view.kernel.look(|machine| {
         // A forged own address is for the filter alone to see, and another hand may have removed that.
         let ways = if view.hurt { Leak::WITHOUT_FILTER } else { Leak::ALL };
-        let mut found = leaks(&machine.objects, &view.around, Layers::ALL, &peers, &nobody, ways);
+        let mut found = leaks(machine.scene(), &view.around, Layers::ALL, &peers, &nobody, ways);
         if !view.hurt {
-            found.extend(cuts(&machine.objects, &view.around));
+            found.extend(cuts(machine.scene(), &view.around));
         }
         assert!(found.is_empty(), "{x} after {after}: {found:?}");
     });
@@ -113,7 +113,7 @@ fn check_data(views: &Views, x: usize, y: usize, after: &str) {
                 udp: None,
             };
             from.kernel.look(|machine| {
-                let id = match fate(&machine.objects, &from.around, Layers::ALL, From::Behind, packet) {
+                let id = match fate(machine.scene(), &from.around, Layers::ALL, From::Behind, packet) {
                     Fate::Sealed(id) => id,
                     Fate::Dropped(why) => {
                         assert!(
@@ -124,7 +124,12 @@ fn check_data(views: &Views, x: usize, y: usize, after: &str) {
                     }
                     fate => panic!("{x}'s data to {y} is {fate:?} after {after}"),
                 };
-                let sa = sas(&machine.objects).find(|sa| sa.id() == id).expect("it was found");
+                let sa = machine
+                    .scene()
+                    .sas()
+                    .iter()
+                    .find(|sa| sa.id() == id)
+                    .expect("it was found");
                 let key = &machine.keys[&id];
                 let Err(why) = read_by(to, sa, key, packet) else {
                     return true;
