@@ -65,12 +65,20 @@ pub enum Refusal {
     #[error("BackendData is no statement: {0}")]
     Garbage(String),
     /// Not one PSK in common.
-    #[error("no common PSK: it has {theirs}, this node has {ours}; give both nodes the same key")]
+    #[error("no common PSK: it has {}, this node has {}; give both nodes the same key", spaced(.theirs), spaced(.ours))]
     NoCommonPsk {
         /// The kids that it names.
-        theirs: String,
+        theirs: Vec<Kid>,
         /// The kids that we hold.
-        ours: String,
+        ours: Vec<Kid>,
+    },
+    /// It has only a PSK that was taken away here.
+    #[error("it has only PSK {dropped}, which was taken from this node and dropped; give it {}", spaced(.ours))]
+    PskDropped {
+        /// The one.
+        dropped: Kid,
+        /// The kids that we hold.
+        ours: Vec<Kid>,
     },
     /// The tag is wrong.
     #[error("the tag of PSK {0} does not verify: the lease was changed by someone without the key")]
@@ -146,11 +154,9 @@ pub fn verify(lease: &Lease, network: &Network, psks: &[Arc<Psk>]) -> Result<Adm
         .enumerate()
         .find_map(|(i, kid)| Some((i, held(kid)?)))
     else {
-        let list = |kids: &mut dyn Iterator<Item = Kid>| kids.map(|k| k.to_string()).collect::<Vec<_>>().join(" ");
-        let theirs = list(&mut statement.kids.iter().copied());
         return Err(Refusal::NoCommonPsk {
-            theirs,
-            ours: list(&mut psks.iter().map(|psk| psk.kid())),
+            theirs: statement.kids,
+            ours: psks.iter().map(|psk| psk.kid()).collect(),
         });
     };
     let tag = published

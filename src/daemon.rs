@@ -72,6 +72,9 @@ async fn start(flags: &Flags) -> Result<(), StartError> {
     info!(uplink = chosen.name, public = %chosen.public, mtu = chosen.mtu, "the uplink is chosen");
 
     let settings = settings(flags, &conf, &ipsec, sources::takes_advertisements(&chosen.name));
+    let network = conf.network;
+    // It may hold a PSK, which is to go when another takes its place.
+    drop(conf);
     let (settings_in, settings) = watch::channel(settings);
     let (misconfigured_in, misconfigured) = watch::channel(None);
     let (holding_in, holding) = watch::channel(None);
@@ -111,7 +114,7 @@ async fn start(flags: &Flags) -> Result<(), StartError> {
     // The guard stands; now a subnet may be taken.
     let keeper = sources::Keeper {
         node: settings_in.borrow().name.clone(),
-        network: conf.network,
+        network,
         store: store.clone(),
         psks,
         uplink,
@@ -224,6 +227,8 @@ fn settings(flags: &Flags, conf: &NetConf, ipsec: &Ipsec, advertisements: bool) 
         cipher: ipsec.cipher,
         encap: ipsec.encap,
         rekey_after: ipsec.rekey_after,
+        rekey: ipsec.rekey,
+        psk_grace: ipsec.psk_grace,
         mtu: ipsec.mtu.map(u32::from),
         masquerade: flags.ip_masq,
         random_fully: !flags.ip_masq_fully_random_disable,

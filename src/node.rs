@@ -17,6 +17,7 @@ use keys::{
 use xfrm::{Direction, Sa, SaId};
 
 use crate::admission::{self, Admitted, Claims, Refusal};
+use crate::backend::ipsec::Soft;
 use crate::epochs::{Generation, Inherited, Pair, Rollback};
 use crate::kernel::{Key, Object, Objects, Scope, reqid_slot};
 use crate::lease::{Lease, Network, NodeName, Subnets};
@@ -24,9 +25,17 @@ use crate::probe::{self, Schedule};
 use crate::uplink::Uplink;
 
 mod keyring;
+pub mod pace;
 mod plan;
 mod probes;
+mod psks;
 pub mod report;
+
+pub use pace::Cause;
+use pace::Pace;
+pub use psks::PskReport;
+use psks::Psks;
+pub(crate) use psks::some;
 
 /// What the configuration fixes for the node's decisions.
 #[derive(Clone, Debug, PartialEq)]
@@ -41,6 +50,10 @@ pub struct Settings {
     pub encap: Encap,
     /// An epoch's life at most.
     pub rekey_after: Duration,
+    /// After how much on one SA a new epoch begins.
+    pub rekey: Soft,
+    /// How long a PSK that was taken away is held for peers that have nothing newer.
+    pub psk_grace: Duration,
     /// The mesh MTU where it is not computed, bytes.
     pub mtu: Option<u32>,
     /// Whether pods' traffic to the outside takes the node's address.
@@ -53,32 +66,6 @@ pub struct Settings {
     pub directed: bool,
 }
 
-/// Why a new epoch is wanted.
-#[derive(Clone, Copy, Debug, Eq, PartialEq)]
-pub enum Cause {
-    /// The process starts.
-    Start,
-    /// `ringmail rotate`.
-    Asked,
-    /// Address, subnet, PSK set, cipher or encapsulation changed.
-    Changed,
-    /// An SA is gone, and its key may not be used again.
-    Lost,
-    /// A peer came back whose sending key is spent.
-    Returned,
-    /// `RekeyAfter`, or a limit of packets or bytes.
-    Aged,
-}
-
-/// At least this long lies between two epochs, by cause.
-fn patience(cause: Cause) -> Duration {
-    match cause {
-        Cause::Start | Cause::Asked => Duration::ZERO,
-        Cause::Changed | Cause::Lost | Cause::Returned => Duration::from_secs(1),
-        Cause::Aged => Duration::from_secs(60),
-    }
-}
-
 /// One life of our ephemeral key.
 #[derive(Debug)]
 struct OwnEpoch {
@@ -87,6 +74,8 @@ struct OwnEpoch {
     encoded: Encoded,
     /// Where the kernel sends from and receives: behind a NAT not the public addresses.
     local: crate::lease::Addresses,
+    /// The limits of its SAs, which an SA keeps as it was made.
+    soft: Soft,
     begun: Duration,
     /// When it is old enough to be followed by another.
     ages: Duration,
@@ -139,6 +128,8 @@ struct Peer {
 struct Known {
     lease: Arc<Lease>,
     admitted: Option<Admitted>,
+    /// The lease that what is admitted was read from.
+    proof: Option<Arc<Lease>>,
     refusal: Option<Refusal>,
 }
 
@@ -147,6 +138,13 @@ impl Known {
         self.admitted
             .as_ref()
             .is_some_and(|held| held.encoded.as_bytes() == other.encoded.as_bytes())
+    }
+
+    /// Whether it is refused because it has no PSK of ours.
+    fn lacks_psk(&self) -> bool {
+        let refusal = self.refusal.as_ref();
+        let lacks = matches!(refusal, Some(Refusal::NoCommonPsk { .. } | Refusal::PskDropped { .. }));
+        lacks && self.admitted.is_none()
     }
 }
 
@@ -178,7 +176,7 @@ pub struct Node {
     settings: Settings,
     uplink: Option<Uplink>,
     held: Option<(Subnets, Slot)>,
-    psks: Vec<Arc<Psk>>,
+    psks: Psks,
     own: BTreeMap<Epoch, OwnEpoch>,
     known: BTreeMap<NodeName, Known>,
     claims: Claims,
@@ -188,7 +186,7 @@ pub struct Node {
     leftovers: BTreeMap<Slot, Leftover>,
     /// Peers' public keys towards which a sending key of our epoch was handed out.
     spent: BTreeMap<Epoch, BTreeSet<PublicKey>>,
-    wanted: Option<Cause>,
+    pace: Pace,
     ticket: u64,
     tidied: Duration,
     dirty: BTreeSet<Scope>,
@@ -201,7 +199,7 @@ impl Node {
             settings,
             uplink: None,
             held: None,
-            psks: Vec::new(),
+            psks: Psks::default(),
             own: BTreeMap::new(),
             known: BTreeMap::new(),
             claims: Claims::default(),
@@ -210,12 +208,12 @@ impl Node {
             due: BTreeSet::new(),
             leftovers: leftovers(left),
             spent: BTreeMap::new(),
-            wanted: Some(Cause::Start),
+            pace: Pace::default(),
             ticket: 0,
             tidied: Duration::ZERO,
             dirty: BTreeSet::from([Scope::Node]),
         };
-        node.dirty.insert(Scope::Node);
+        node.want(Cause::Start);
         node
     }
 
@@ -242,20 +240,6 @@ impl Node {
         }
     }
 
-    /// The PSKs are these now, newest first.
-    pub fn keyed(&mut self, psks: Vec<Arc<Psk>>) {
-        let kids = |psks: &[Arc<Psk>]| psks.iter().map(|psk| psk.kid()).collect::<Vec<_>>();
-        if kids(&psks) == kids(&self.psks) {
-            return;
-        }
-        self.psks = psks;
-        self.check_statement();
-        let all: Vec<Arc<Lease>> = self.known.values().map(|known| known.lease.clone()).collect();
-        for lease in all {
-            self.leased(&lease.node.clone(), Some(&lease), Duration::ZERO);
-        }
-    }
-
     /// This node holds `subnets`.
     pub fn holds(&mut self, subnets: Subnets, slot: Slot) {
         if self.held != Some((subnets, slot)) {
@@ -276,10 +260,11 @@ impl Node {
                 self.claims.set(name, None)
             }
             Some(lease) => {
-                let verdict = admission::verify(lease, &self.settings.network, &self.psks);
+                let verdict = admission::verify(lease, &self.settings.network, self.psks.all());
                 let known = self.known.entry(name.clone()).or_insert_with(|| Known {
                     lease: lease.clone(),
                     admitted: None,
+                    proof: None,
                     refusal: None,
                 });
                 known.lease = lease.clone();
@@ -299,13 +284,13 @@ impl Node {
                             }
                             _ => {
                                 let touched = self.claims.set(name, Some((&admitted.statement, admitted.slot)));
-                                known.admitted = Some(admitted);
+                                (known.admitted, known.proof) = (Some(admitted), Some(lease.clone()));
                                 touched
                             }
                         }
                     }
                     Err(refusal) => {
-                        known.refusal = Some(refusal);
+                        known.refusal = Some(self.psks.explain(refusal));
                         BTreeSet::new()
                     }
                 }
@@ -417,23 +402,69 @@ impl Node {
 
     /// A new epoch is wanted for `cause`.
     pub fn want(&mut self, cause: Cause) {
-        let soonest = self.wanted.is_none_or(|wanted| patience(cause) < patience(wanted));
-        if soonest {
-            self.wanted = Some(cause);
-        }
+        self.pace.want(cause);
     }
 
     /// Why an epoch should begin now; `None` if none should, or not yet, or the node has not what it takes.
     pub fn wants_epoch(&self, now: Duration) -> Option<Cause> {
-        let newest = self.own.values().next_back();
-        let aged = newest.is_some_and(|own| now >= own.ages).then_some(Cause::Aged);
-        let patient = |cause: &Cause| newest.is_none_or(|own| now >= own.begun + patience(*cause));
-        self.wanted.or(aged).filter(|cause| self.ready() && patient(cause))
+        self.next_epoch().filter(|(at, _)| *at <= now).map(|(_, cause)| cause)
+    }
+
+    /// When the next epoch begins, and why.
+    fn next_epoch(&self) -> Option<(Duration, Cause)> {
+        let newest = self.own.values().next_back().map(|own| (own.begun, own.ages));
+        self.pace.next(newest).filter(|_| self.ready())
     }
 
     /// Whether there is all that an epoch's statement says.
     fn ready(&self) -> bool {
-        self.held.is_some() && self.uplink.is_some() && !self.psks.is_empty()
+        self.held.is_some() && self.uplink.is_some() && !self.psks.all().is_empty()
+    }
+
+    /// No epoch can begin at `now`, and `why`. True if that was not known yet.
+    pub fn stall(&mut self, why: String, now: Duration) -> bool {
+        let known = self.pace.stalled() == Some(&*why);
+        self.pace.stall(why, now);
+        !known
+    }
+
+    /// What somebody asked for is not done, and `why`.
+    pub fn decline(&mut self, why: String) {
+        self.pace.decline(why);
+    }
+
+    /// Why what was last asked for was not done, until an epoch begins.
+    pub fn declined(&self) -> Option<&str> {
+        self.pace.declined()
+    }
+
+    /// Why no epoch could begin, until one does.
+    pub fn stalled(&self) -> Option<&str> {
+        self.pace.stalled()
+    }
+
+    /// An SA has reached its soft limit. False if a new epoch would not help: the SA is of an older one already, and
+    /// stays in use because the peer has not moved.
+    pub fn limited(&mut self, id: &SaId) -> bool {
+        let (Ok(parts), Some(newest)) = (keys::Spi(id.spi).parts(), self.epoch()) else {
+            return false;
+        };
+        let own = match Some(parts.slot) == self.slot() {
+            true => parts.sender_mod64,
+            false => parts.receiver_mod64,
+        };
+        let helps = own == newest.mod64();
+        if helps {
+            self.want(Cause::Limit);
+        }
+        helps
+    }
+
+    /// The peers for whose sake more than `few` own epochs are kept.
+    pub fn behind(&self, few: usize) -> Vec<String> {
+        let kept = |peer: &Peer| self.own.keys().filter(|epoch| peer.pair.needs(**epoch)).count();
+        let behind = self.peers.iter().filter(|(_, peer)| kept(peer) > few);
+        behind.map(|(name, _)| name.to_string()).collect()
     }
 
     /// The newest epoch there is.
@@ -453,15 +484,18 @@ impl Node {
         let (Some((subnets, slot)), Some(uplink)) = (self.held, self.uplink.clone()) else {
             return;
         };
-        self.wanted = None;
+        let before = self.own.values().next_back().map(|own| own.begun);
         let statement = self.statement(number, secret.public(), subnets, &uplink);
         let encoded = match statement.encode() {
             Ok(encoded) => encoded,
             Err(error) => {
-                tracing::error!(%error, "this node's own statement can't be written");
+                if self.stall(format!("this node's own statement can't be written: {error}"), now) {
+                    tracing::error!(%error, "this node's own statement can't be written");
+                }
                 return;
             }
         };
+        self.pace.began(before, now);
         let touched = self.claims.set(&self.settings.name.clone(), Some((&statement, slot)));
         let ages = now + self.settings.rekey_after.mul_f64(1.0 - jitter.clamp(0.0, 1.0) / 10.0);
         self.own.insert(
@@ -471,6 +505,7 @@ impl Node {
                 statement,
                 encoded,
                 local: uplink.local,
+                soft: self.settings.rekey,
                 begun: now,
                 ages,
             },
@@ -487,6 +522,7 @@ impl Node {
             self.dirty.insert(Scope::Peer(name));
         }
         self.dirty.insert(Scope::Node);
+        self.end_psks(now);
     }
 
     fn statement(&self, epoch: Epoch, public: PublicKey, subnets: Subnets, uplink: &Uplink) -> Statement {
@@ -499,11 +535,11 @@ impl Node {
             encap: self.settings.encap,
             epoch,
             public,
-            kids: self.psks.iter().map(|psk| psk.kid()).collect(),
+            kids: self.psks.kids(),
         }
     }
 
-    /// A statement never changes: what it says has changed, so a new epoch is wanted.
+    /// A statement never changes, nor do an SA's limits: if what they say has changed, a new epoch is wanted.
     fn check_statement(&mut self) {
         let (Some((subnets, _)), Some(uplink)) = (self.held, self.uplink.as_ref()) else {
             return;
@@ -512,7 +548,8 @@ impl Node {
             return;
         };
         let same = self.statement(*epoch, newest.statement.public, subnets, uplink) == newest.statement
-            && newest.local == uplink.local;
+            && newest.local == uplink.local
+            && newest.soft == self.settings.rekey;
         if !same {
             self.want(Cause::Changed);
         }
@@ -521,7 +558,7 @@ impl Node {
     /// The lease to publish: that of the newest epoch.
     pub fn lease(&self) -> Option<Lease> {
         let newest = self.own.values().next_back()?;
-        let kid_holder = |kid: &Kid| self.psks.iter().find(|psk| psk.kid() == *kid).cloned();
+        let kid_holder = |kid: &Kid| self.psks.get(*kid).cloned();
         let psks: Option<Vec<Arc<Psk>>> = newest.statement.kids.iter().map(kid_holder).collect();
         Some(Lease {
             node: self.settings.name.clone(),

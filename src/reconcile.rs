@@ -19,7 +19,7 @@ use crate::kernel::{
     reqid_slot,
 };
 use crate::lease::{Completeness, NodeName};
-use crate::node::{Cause, Datagram, Node};
+use crate::node::{Cause, Datagram, Node, some};
 
 /// The first wait before a failed scope is tried again; it doubles up to [`SLOWEST`].
 const FIRST: Duration = Duration::from_millis(20);
@@ -27,6 +27,11 @@ const FIRST: Duration = Duration::from_millis(20);
 const SLOWEST: Duration = Duration::from_secs(30);
 /// A scope that still fails after this wait is an error in the log, not a warning.
 const LOUD: Duration = Duration::from_millis(300);
+/// So many of the 64 numbers that tell a node's epochs apart in the kernel are left to what forces a new one; who asks
+/// for one gets none of them.
+const RESERVED: usize = 8;
+/// A peer for whose sake more epochs than these are kept has not moved for a while.
+const FEW: usize = 8;
 /// So many rounds a pass at most: each lets what the one before made known take effect.
 const ROUNDS: usize = 8;
 
@@ -162,8 +167,18 @@ impl<D: Datapath> Reconciler<D> {
                 }
             }
             Event::SoftLimit(id) => {
-                info!(spi = %Spi(id.spi), "an SA reached its soft limit");
-                self.node.want(Cause::Aged);
+                if !self.actual.contains_key(&Key::Sa(id)) {
+                    return;
+                }
+                if self.node.limited(&id) {
+                    debug!(spi = %Spi(id.spi), "an SA reached its soft limit");
+                } else {
+                    warn!(
+                        spi = %Spi(id.spi),
+                        "an SA of an older epoch reached its soft limit, and its peer has not moved; the kernel ends it \
+                         at the hard limit"
+                    );
+                }
             }
             Event::Moved { id, source } => debug!(spi = %Spi(id.spi), %source, "a peer's packets come from elsewhere"),
             Event::Overrun => self.stale = true,
@@ -257,13 +272,21 @@ impl<D: Datapath> Reconciler<D> {
         random: &dyn SecureRandom,
         now: Duration,
     ) -> Option<Cause> {
-        let cause = self.node.wants_epoch(now)?;
-        let number = match keys::next_epoch(previous.max(self.node.epoch()), unix, &self.taken()) {
+        let mut cause = self.node.wants_epoch(now)?;
+        let taken = self.taken();
+        if cause == Cause::Asked && taken.len() + RESERVED >= 64 {
+            let why = format!(
+                "{} epochs of this node are still in use, for peers that have not moved: {}; ask again in a few minutes",
+                taken.len(),
+                some(&self.node.behind(FEW))
+            );
+            warn!(why, "no new epoch is begun for who asks");
+            self.node.decline(why);
+            cause = self.node.wants_epoch(now)?;
+        }
+        let number = match keys::next_epoch(previous.max(self.node.epoch()), unix, &taken) {
             Ok(number) => number,
-            Err(error) => {
-                error!(%error, "no new epoch");
-                return None;
-            }
+            Err(error) => return self.no_epoch(&error, now),
         };
         let mut jitter = [0; 2];
         let secret = EpochSecret::generate(random).and_then(|secret| {
@@ -272,10 +295,7 @@ impl<D: Datapath> Reconciler<D> {
         });
         let secret = match secret {
             Ok(secret) => secret,
-            Err(error) => {
-                error!(%error, "no new epoch");
-                return None;
-            }
+            Err(error) => return self.no_epoch(&error, now),
         };
         info!(epoch = %number, ?cause, "a new epoch begins");
         self.node
@@ -285,6 +305,14 @@ impl<D: Datapath> Reconciler<D> {
             self.node.mark(Scope::Orphans);
         }
         Some(cause)
+    }
+
+    fn no_epoch(&mut self, error: &dyn std::error::Error, now: Duration) -> Option<Cause> {
+        let error = chain(error);
+        if self.node.stall(error.clone(), now) {
+            error!(error, "no new epoch can begin; trying again");
+        }
+        None
     }
 
     /// What our own epochs' numbers are modulo 64 in every SA that the kernel holds, in every policy that names one that

@@ -60,7 +60,7 @@ fn node() -> Node {
     let network = make::network(Families::V4);
     let mut node = Node::new(make::settings("node1", network), &Objects::new());
     node.uplinked(make::uplink(Families::V4, 1));
-    node.keyed(vec![psk(1)]);
+    node.keyed(vec![psk(1)], Duration::ZERO);
     node.holds(make::subnets(&network, 1), make::slot(1));
     let secret = EpochSecret::generate(&SystemRandom::new()).expect("random numbers");
     node.begin_epoch(Epoch(100), secret, Duration::ZERO, 0.0);

@@ -117,7 +117,7 @@ const CHANGES: [(&str, Change); 7] = [
         for member in &mut mesh.members {
             member.psks = psks.clone();
             if let Some(process) = &mut member.process {
-                process.reconciler.node.keyed(psks.clone());
+                process.reconciler.node.keyed(psks.clone(), mesh.now - process.began);
             }
         }
         mesh.turn(0);

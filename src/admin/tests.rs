@@ -23,7 +23,7 @@ fn report() -> Report {
     serde_json::from_value(json!({
         "node": "node-a", "network": ["10.244.0.0/16"], "subnets": ["10.244.1.0/24"], "public": ["192.0.2.1"],
         "uplink": "eth0", "mtu": 1446, "cipher": "aes128gcm16", "encap": "false", "epoch": 1_764_000_000u64,
-        "epoch_age": 4, "kids": ["0011223344556677"], "complete": true, "problems": [], "rejected": {}, "peers": []
+        "epoch_age": 4, "next_epoch": null, "psks": [], "complete": true, "problems": [], "rejected": {}, "peers": []
     }))
     .expect("a report")
 }

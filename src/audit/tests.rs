@@ -63,6 +63,7 @@ fn peer(number: u8) -> Objects {
         direction,
         cipher: Cipher::Aes128Gcm16,
         path,
+        soft: ipsec::MOST,
     };
     let through = |generation| Through {
         src: path.local,

@@ -23,10 +23,39 @@ pub const LINK: &str = "ringmail0";
 /// Packets that a receiving SA remembers against replay; the largest reordering it forgives.
 pub const REPLAY_WINDOW: u32 = 1024;
 
-/// Packets after which a new epoch is asked for: AES-GCM's margin with a random salt is far above.
-pub const SOFT_PACKETS: u64 = 1 << 33;
-/// Packets after which the kernel drops the SA.
-pub const HARD_PACKETS: u64 = 1 << 34;
+/// After how much on one SA, either way, a new epoch is asked for.
+#[derive(Clone, Copy, Debug, Eq, PartialEq)]
+pub struct Soft {
+    /// Packets.
+    pub packets: u64,
+    /// Bytes, as the kernel counts them: with the inner header, without the outer.
+    pub bytes: u64,
+}
+
+/// The most that an SA may carry before it is followed by another. 2^42 bytes are 2^38 blocks of a cipher with blocks of
+/// 128 bits: what AES-GCM gives an attacker who saw them all is below 2^-50 (blocks squared / 2^129; Luykx and Paterson, to whom
+/// RFC 8446 section 5.5 refers), also at the hard limit of twice that. 2^33 packets of 512 bytes are as many.
+pub const MOST: Soft = Soft {
+    packets: 1 << 33,
+    bytes: 1 << 42,
+};
+
+/// More than an SA carries in [`crate::node::pace::CALM`], a minute: 35 million packets a second, 146 Gbit/s. The kernel
+/// ends an SA at its hard limit and tells nobody before, so that whatever the soft one is, the next epoch has its minute.
+const ROOM: Soft = Soft {
+    packets: 1 << 31,
+    bytes: 1 << 40,
+};
+
+/// The limits of an SA whose soft one is `soft`: the hard one is twice that, or as much above as a minute can carry.
+pub fn limits(soft: Soft) -> Limits {
+    Limits {
+        soft_packets: soft.packets,
+        hard_packets: soft.packets.saturating_add(soft.packets.max(ROOM.packets)),
+        soft_bytes: soft.bytes,
+        hard_bytes: soft.bytes.saturating_add(soft.bytes.max(ROOM.bytes)),
+    }
+}
 
 /// What the node's own objects follow from.
 #[derive(Clone, Debug)]
@@ -151,6 +180,8 @@ pub struct Association {
     pub cipher: Cipher,
     /// Between which ends.
     pub path: Path,
+    /// When it is to be followed by another.
+    pub soft: Soft,
 }
 
 /// What a policy names as its SA's: outer source, outer destination, SPI.
@@ -344,6 +375,7 @@ fn sa(association: &Association, facts: &PeerFacts) -> Sa {
         direction,
         cipher,
         path,
+        soft,
     } = *association;
     let inward = direction == Direction::In;
     let (src, dst) = if inward {
@@ -384,11 +416,7 @@ fn sa(association: &Association, facts: &PeerFacts) -> Sa {
         },
         esn: true,
         direction: directed,
-        limits: Limits {
-            soft_packets: SOFT_PACKETS,
-            hard_packets: HARD_PACKETS,
-            ..Limits::default()
-        },
+        limits: limits(soft),
         af_unspec: true,
     }
 }

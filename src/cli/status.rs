@@ -10,6 +10,7 @@ use super::table::{Align, Style, Table, Tone, bytes, clean, count, span, wrap};
 use super::{Common, Failure, Shown};
 use crate::admin::{Request, ask};
 use crate::node::report::{PeerReport, Report, State};
+use crate::node::{PskReport, some};
 
 /// Show how this node and each of its peers stand.
 #[derive(Debug, Args)]
@@ -92,8 +93,13 @@ fn head(report: &Report) -> String {
         .epoch_age
         .map(|age| format!(", {} old", span(Duration::from_secs(age))))
         .unwrap_or_default();
+    let next = report.next_epoch.as_ref().map(|next| {
+        let time = span(Duration::from_secs(next.seconds));
+        format!(", the next in {time} at the latest ({})", next.cause)
+    });
+    let next = next.unwrap_or_default();
     let mtu = report.mtu.map_or_else(|| "unknown".into(), |mtu| mtu.to_string());
-    let lines = [
+    let above = [
         (
             "node",
             format!(
@@ -107,11 +113,18 @@ fn head(report: &Report) -> String {
         (
             "epoch",
             format!(
-                "{}{age}",
+                "{}{age}{next}",
                 report.epoch.map_or_else(|| "none".into(), |epoch| epoch.to_string())
             ),
         ),
-        ("PSKs", or(&report.kids, "none")),
+    ];
+    let psks = match report.psks.is_empty() {
+        true => vec!["none".into()],
+        false => report.psks.iter().map(held).collect(),
+    };
+    let psks = psks.into_iter().enumerate();
+    let psks = psks.map(|(at, text)| (if at == 0 { "PSKs" } else { "" }, text));
+    let below = [
         (
             "uplink",
             format!(
@@ -136,7 +149,23 @@ fn head(report: &Report) -> String {
         let wrapped = wrap(&clean(value, false), 8);
         format!("{name:8}{}", wrapped.trim_start())
     };
+    let lines: Vec<(&str, String)> = above.into_iter().chain(psks).chain(below).collect();
     lines.iter().map(line).collect()
+}
+
+/// A PSK and who has it.
+fn held(psk: &PskReport) -> String {
+    let mut text = psk.kid.clone();
+    match (psk.missing.as_slice(), psk.nodes) {
+        ([], 0 | 1) => {}
+        ([], nodes) => text += &format!(", all {nodes} nodes have it"),
+        (missing, nodes) => text += &format!(", {} of {nodes} nodes have it, not {}", psk.have, some(missing)),
+    }
+    if psk.withdrawn {
+        let time = span(Duration::from_secs(psk.dropped_in.unwrap_or_default()));
+        text += &format!(", taken away, dropped in {time} at the latest");
+    }
+    text
 }
 
 fn summary(peers: &[PeerReport]) -> String {

@@ -15,6 +15,7 @@ use crate::audit;
 use crate::config::UsageError;
 use crate::kernel::netlink::{Netlink, Options};
 use crate::kernel::{Datapath as _, Key, Kind, Object, Objects, Op, Refused, Write, WriteError};
+use crate::node::PskReport;
 use crate::node::report::Report;
 use crate::testing::Folder;
 
@@ -56,7 +57,12 @@ fn report() -> Report {
     let value = json!({
         "node": "node-a", "network": ["10.244.0.0/16"], "subnets": ["10.244.1.0/24"], "public": ["192.0.2.1"],
         "uplink": "eth0", "mtu": 1446, "cipher": "aes128gcm16", "encap": "false", "epoch": 1_764_000_001u64,
-        "epoch_age": 11_520, "kids": ["0011223344556677", "8899aabbccddeeff"], "complete": true, "problems": [],
+        "epoch_age": 11_520, "next_epoch": {"seconds": 73_000, "cause": "RekeyAfter"}, "psks": [
+            {"kid": "0011223344556677", "withdrawn": false, "dropped_in": null, "have": 4, "nodes": 6,
+             "missing": ["node-e", "node-g"], "needed_by": []},
+            {"kid": "8899aabbccddeeff", "withdrawn": false, "dropped_in": null, "have": 6, "nodes": 6, "missing": [],
+             "needed_by": []}],
+        "complete": true, "problems": [],
         "rejected": {}, "peers": [
             peer("node-b", 2, "up", sending),
             peer("node-d", 4, "moving", moving),
@@ -81,13 +87,48 @@ fn status_shows_each_state_with_its_reason() {
 }
 
 #[test]
+fn status_names_who_has_not_got_the_new_key_and_what_becomes_of_the_old() {
+    let mut report = report();
+    let many: Vec<String> = (10..22).map(|n| format!("node-{n}")).collect();
+    report.psks = vec![
+        PskReport {
+            kid: "9f31000000000001".into(),
+            withdrawn: false,
+            dropped_in: None,
+            have: 1,
+            nodes: 13,
+            missing: many.clone(),
+            needed_by: Vec::new(),
+        },
+        PskReport {
+            kid: "0011223344556677".into(),
+            withdrawn: true,
+            dropped_in: Some(3541),
+            have: 13,
+            nodes: 13,
+            missing: Vec::new(),
+            needed_by: many,
+        },
+    ];
+    report.peers.clear();
+    report.problems = vec![
+        "12 nodes still need key 0011223344556677, which was taken from this node: node-10, node-11; it is dropped in \
+         3541 s: give them a newer one before"
+            .into(),
+    ];
+    golden("status-rotation.txt", &status::render(&report, PLAIN));
+    assert!(!status::well(&report));
+}
+
+#[test]
 fn status_shows_what_is_wrong_with_the_node() {
     let mut report = report();
     report.peers.clear();
     report.complete = false;
     report.subnets.clear();
     (report.uplink, report.mtu, report.epoch, report.epoch_age) = (None, None, None, None);
-    report.kids.clear();
+    report.psks.clear();
+    report.next_epoch = None;
     report.public.clear();
     report.problems = vec![
         "no uplink yet: no interface fits; see --iface".into(),

@@ -2,6 +2,7 @@
 //!
 //! Every type that flannel has is recognised, so that a refusal can say that it is known and not a slip of the pen.
 
+use std::ops::RangeInclusive;
 use std::path::{Path, PathBuf};
 use std::str::FromStr;
 use std::sync::Arc;
@@ -13,6 +14,7 @@ use zeroize::Zeroizing;
 
 use super::conf_error::Rule;
 use super::json::{Members, Scalar, Show, nearest, parsed, shorten, value, whole};
+use crate::backend::ipsec::{self, Soft};
 
 /// How the mesh's packets travel.
 #[derive(Clone, Debug)]
@@ -147,9 +149,28 @@ pub struct Ipsec {
     pub cipher: Cipher,
     /// How long an epoch is used, at least a minute.
     pub rekey_after: Duration,
+    /// After how many packets on one SA, or bytes, a new epoch begins.
+    pub rekey: Soft,
+    /// How long a PSK that was taken away is held for peers that have no newer one.
+    pub psk_grace: Duration,
     /// The largest inner packet in bytes, where it is not to be computed: 576 to 65535, from 1280 on with IPv6.
     pub mtu: Option<u16>,
 }
+
+/// `RekeyPackets` from 1,000: an epoch lasts a minute at least, so that less would only be reached sooner and change
+/// nothing. Up to 2^33, the default: with AES-GCM's largest packets its bound is far away, and no SA of any speed gets
+/// there within the minute.
+const PACKETS: RangeInclusive<u64> = 1000..=ipsec::MOST.packets;
+
+/// `RekeyBytes` from 1 MiB up to 4 TiB, the default.
+const BYTES: RangeInclusive<u64> = 1 << 20..=ipsec::MOST.bytes;
+
+/// The default of `PSKGrace`: a mounted Secret is everywhere within minutes, and a key that was taken away because it
+/// became known should not count for a day.
+const PSK_GRACE: Duration = Duration::from_secs(3600);
+
+/// The longest `PSKGrace`, a week: who needs a key for longer should leave it in the folder.
+const LONGEST_GRACE: Duration = Duration::from_secs(7 * 24 * 3600);
 
 /// Where the pre-shared keys come from.
 #[derive(Clone, Debug)]
@@ -203,6 +224,9 @@ pub(super) struct Raw {
     port: Option<u16>,
     cipher: Option<Cipher>,
     rekey_after: Option<Duration>,
+    rekey_packets: Option<u64>,
+    rekey_bytes: Option<u64>,
+    psk_grace: Option<Duration>,
     mtu: Option<u16>,
     pub(super) warnings: Vec<String>,
 }
@@ -215,6 +239,9 @@ const IPSEC_KEYS: &[&str] = &[
     "EncapPort",
     "ESPProposal",
     "RekeyAfter",
+    "RekeyPackets",
+    "RekeyBytes",
+    "PSKGrace",
     "MTU",
 ];
 
@@ -243,6 +270,9 @@ impl Members for Raw {
                 self.cipher = value(key, Show::Value, map, |v| proposal(&v, warnings))?;
             }
             "RekeyAfter" => self.rekey_after = value(key, Show::Value, map, rekey_after)?,
+            "RekeyPackets" => self.rekey_packets = value(key, Show::Value, map, |v| within(&v, PACKETS))?,
+            "RekeyBytes" => self.rekey_bytes = value(key, Show::Value, map, |v| within(&v, BYTES))?,
+            "PSKGrace" => self.psk_grace = value(key, Show::Value, map, psk_grace)?,
             "MTU" => self.mtu = whole(key, u16::MAX.into(), map)?.and_then(|v| u16::try_from(v).ok()),
             // The type was read before, by TypeOf.
             _ => drop(map.next_value::<serde::de::IgnoredAny>()?),
@@ -301,6 +331,11 @@ impl Raw {
             },
             cipher: self.cipher.unwrap_or(Cipher::Aes128Gcm16),
             rekey_after: self.rekey_after.unwrap_or(Duration::from_secs(24 * 3600)),
+            rekey: Soft {
+                packets: self.rekey_packets.unwrap_or(ipsec::MOST.packets),
+                bytes: self.rekey_bytes.unwrap_or(ipsec::MOST.bytes),
+            },
+            psk_grace: self.psk_grace.unwrap_or(PSK_GRACE),
             mtu,
         };
         Ok((Backend::Ipsec(ipsec), self.warnings))
@@ -392,6 +427,25 @@ fn rekey_after(v: Scalar<'_>) -> Result<Duration, &'static str> {
     let want = "a time such as \"24h\", \"90m\" or \"1h30m\", at least \"1m\", is needed";
     match v {
         Scalar::Text(text) => duration(text).filter(|&d| d >= Duration::from_secs(60)).ok_or(want),
+        _ => Err(want),
+    }
+}
+
+fn within(v: &Scalar<'_>, range: RangeInclusive<u64>) -> Result<u64, String> {
+    match v {
+        Scalar::Whole(v) if range.contains(v) => Ok(*v),
+        _ => Err(format!(
+            "a whole number from {} to {} is needed",
+            range.start(),
+            range.end()
+        )),
+    }
+}
+
+fn psk_grace(v: Scalar<'_>) -> Result<Duration, &'static str> {
+    let want = "a time such as \"1h\", \"10m\" or \"0s\", at most \"168h\", is needed";
+    match v {
+        Scalar::Text(text) => duration(text).filter(|&d| d <= LONGEST_GRACE).ok_or(want),
         _ => Err(want),
     }
 }

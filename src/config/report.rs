@@ -63,6 +63,9 @@ fn backend(backend: &Backend) -> Value {
         "EncapPort": ipsec.encap.port,
         "ESPProposal": ipsec.cipher.name(),
         "RekeyAfter": format!("{}s", ipsec.rekey_after.as_secs()),
+        "RekeyPackets": ipsec.rekey.packets,
+        "RekeyBytes": ipsec.rekey.bytes,
+        "PSKGrace": format!("{}s", ipsec.psk_grace.as_secs()),
         "MTU": ipsec.mtu.map_or_else(|| json!("computed"), |mtu| json!(mtu)),
     })
 }

@@ -132,6 +132,8 @@ fn defaults_of_ipsec_are_the_documented_ones() {
         (Cipher::Aes128Gcm16, Duration::from_secs(86400))
     );
     assert_eq!(ipsec.mtu, None);
+    assert_eq!((ipsec.rekey.packets, ipsec.rekey.bytes), (1 << 33, 1 << 42));
+    assert_eq!(ipsec.psk_grace, Duration::from_secs(3600));
     assert!(matches!(ipsec.psk, PskSource::File(path) if path == Path::new("/etc/ringmail/psk")));
 }
 
@@ -139,8 +141,10 @@ fn defaults_of_ipsec_are_the_documented_ones() {
 fn every_setting_of_ipsec_is_read() {
     let all = ipsec(
         r#"{"type": "ipsec", "udpencap": true, "ENCAPPORT": 4501, "EspProposal": "chacha20poly1305",
-        "rekeyAfter": "1h30m", "mtu": 1400}"#,
+        "rekeyAfter": "1h30m", "mtu": 1400, "RekeyPackets": 1000, "rekeybytes": 1048576, "PskGrace": "90s"}"#,
     );
+    assert_eq!((all.rekey.packets, all.rekey.bytes), (1000, 1 << 20));
+    assert_eq!(all.psk_grace, Duration::from_secs(90));
     assert_eq!(
         all.encap,
         keys::Encap {
@@ -474,6 +478,22 @@ const GOLDEN: &[(&str, &str)] = &[
         r#":1:32: RekeyAfter is "59s": a time such as "24h", "90m" or "1h30m", at least "1m", is needed"#,
     ),
     (
+        r#"{"Backend": {"RekeyPackets": 999}}"#,
+        ":1:32: RekeyPackets is 999: a whole number from 1000 to 8589934592 is needed",
+    ),
+    (
+        r#"{"Backend": {"RekeyPackets": 8589934593}}"#,
+        ":1:39: RekeyPackets is 8589934593: a whole number from 1000 to 8589934592 is needed",
+    ),
+    (
+        r#"{"Backend": {"RekeyBytes": "1G"}}"#,
+        r#":1:31: RekeyBytes is "1G": a whole number from 1048576 to 4398046511104 is needed"#,
+    ),
+    (
+        r#"{"Backend": {"PSKGrace": "169h"}}"#,
+        r#":1:31: PSKGrace is "169h": a time such as "1h", "10m" or "0s", at most "168h", is needed"#,
+    ),
+    (
         r#"{"Backend": {"ESPProposal": "aes128-sha256"}}"#,
         r#":1:43: ESPProposal is "aes128-sha256": no authenticated encryption; aes128gcm16, aes256gcm16, chacha20poly1305 are accepted"#,
     ),
@@ -601,6 +621,9 @@ fn near_json() -> impl Strategy<Value = String> {
         "UDPEncap",
         "ESPProposal",
         "RekeyAfter",
+        "RekeyPackets",
+        "RekeyBytes",
+        "PSKGrace",
         "MTU",
         "x",
     ]);

@@ -82,7 +82,10 @@ fn rotate(turn: &mut Turn) -> Result<Rotation, String> {
             epoch: epoch.0,
             previous: previous.map(|p| p.0),
         }),
-        _ => Err("no epoch can begin now: `ringmail status` says what is missing".into()),
+        _ => Err(match turn.reconciler.node.declined() {
+            Some(why) => format!("no epoch can begin now: {why}"),
+            None => "no epoch can begin now: `ringmail status` says what is missing".into(),
+        }),
     }
 }
 

@@ -230,7 +230,7 @@ impl Turn {
         let trouble = held.error.as_ref().map(|error| chain(error));
         told(&mut self.troubles, "the PSK can't be read; those in use stay", trouble);
         if let Some(set) = held.set {
-            node.keyed(set.psks.clone());
+            node.keyed(set.psks.clone(), now);
         }
         if let Some(holding) = self.inputs.holding.borrow_and_update().clone() {
             node.holds(holding.subnets, holding.slot);

@@ -54,7 +54,7 @@ impl Node {
         let own = self.own.get(&sending.sender)?;
         let theirs = peer.epochs.get(&sending.receiver)?;
         let kid = keys::common_kid(&own.statement.kids, &theirs.statement.kids)?;
-        let psk = self.psks.iter().find(|psk| psk.kid() == kid)?;
+        let psk = self.psks.get(kid)?;
         let derived = keys::Pair::derive(
             psk,
             &own.secret,

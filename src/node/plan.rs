@@ -5,7 +5,7 @@ use std::net::IpAddr;
 use keys::{Encap, EncapMode, Statement};
 use xfrm::{Direction, Sa};
 
-use super::{Node, Peer};
+use super::{Node, OwnEpoch, Peer};
 use crate::backend::ipsec::{self, Association, NodeFacts, Path, PeerFacts, Through};
 use crate::epochs::{Data, Generation};
 use crate::kernel::mtu::inner_mtu;
@@ -126,11 +126,13 @@ impl Node {
     /// The SA of our sending `generation` or of its reverse; `None` where no key can be made for it.
     pub(super) fn association(&self, peer: &Peer, sending: Generation, direction: Direction) -> Option<Association> {
         let path = self.path(peer, sending)?;
-        let own = &self.own.get(&sending.sender)?.statement;
+        let OwnEpoch {
+            statement: own, soft, ..
+        } = self.own.get(&sending.sender)?;
         let theirs = &peer.epochs.get(&sending.receiver)?.statement;
         if !peer.keys.contains_key(&sending) {
             let kid = keys::common_kid(&own.kids, &theirs.kids)?;
-            self.psks.iter().find(|psk| psk.kid() == kid)?;
+            self.psks.get(kid)?;
         }
         let (generation, cipher) = match direction {
             Direction::Out => (sending, own.cipher),
@@ -141,6 +143,7 @@ impl Node {
             direction,
             cipher,
             path,
+            soft: *soft,
         })
     }
 }

@@ -6,7 +6,7 @@ use std::time::Duration;
 
 use keys::Epoch;
 
-use super::{Datagram, Node, Peer, patience};
+use super::{Datagram, Node, Peer};
 use crate::epochs::{Data, Generation};
 use crate::kernel::Scope;
 use crate::lease::NodeName;
@@ -80,13 +80,11 @@ impl Node {
 
     /// When [`Node::tick`] next has something to do.
     pub fn deadline(&self, now: Duration) -> Option<Duration> {
-        let newest = self.own.values().next_back().filter(|_| self.ready());
-        let epoch = newest.map(|own| match self.wanted {
-            Some(cause) => own.begun + patience(cause),
-            None => own.ages,
-        });
+        let epoch = self.next_epoch().map(|(at, _)| at);
         let first = self.due.first().map(|(due, _)| *due);
-        first.into_iter().chain(epoch).min().map(|at| at.max(now))
+        let tidy = (self.own.len() > 1).then_some(self.tidied + TIDY);
+        let each = [epoch, first, tidy, self.psks.deadline()];
+        each.into_iter().flatten().min().map(|at| at.max(now))
     }
 
     /// Does what is due: drops what has drained and returns the probes to send. `jitter` yields numbers in 0..1.
@@ -113,6 +111,7 @@ impl Node {
             self.forget_keys(&name);
             self.retimed(&name, |_| {});
         }
+        self.look_at_psks(now, jitter);
         if self.own.len() > 1 && now >= self.tidied + TIDY {
             self.tidied = now;
             self.forget_epochs();

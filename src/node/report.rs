@@ -6,6 +6,7 @@ use std::time::Duration;
 use serde::{Deserialize, Serialize};
 use xfrm::SaId;
 
+use super::psks::{self, PskReport};
 use super::{Known, Node, Peer};
 use crate::admission::Refusal;
 use crate::backend::ipsec;
@@ -36,8 +37,10 @@ pub struct Report {
     pub epoch: Option<u64>,
     /// Its age, seconds.
     pub epoch_age: Option<u64>,
-    /// The PSKs held, newest first, by kid.
-    pub kids: Vec<String>,
+    /// When the next epoch begins.
+    pub next_epoch: Option<NextEpoch>,
+    /// The PSKs held, newest first, those that were withdrawn last.
+    pub psks: Vec<PskReport>,
     /// Whether the roster is complete.
     pub complete: bool,
     /// What is wrong with this node; empty where nothing is.
@@ -46,6 +49,15 @@ pub struct Report {
     pub rejected: BTreeMap<String, String>,
     /// Every other node, by name.
     pub peers: Vec<PeerReport>,
+}
+
+/// An epoch to come, as JSON shows it.
+#[derive(Clone, Debug, Deserialize, Eq, PartialEq, Serialize)]
+pub struct NextEpoch {
+    /// In how many seconds.
+    pub seconds: u64,
+    /// Why.
+    pub cause: String,
 }
 
 /// How a peer stands.
@@ -115,9 +127,9 @@ impl Node {
         if self.held.is_none() {
             problems.push("no lease yet".to_owned());
         }
-        if self.psks.is_empty() {
-            problems.push("no PSK".to_owned());
-        }
+        let held = self.psk_reports(now);
+        problems.extend(psks::problems(&held, self.foreign()));
+        problems.extend(self.stalled().map(|why| format!("no new epoch can begin: {why}")));
         if let Some(Refusal::Conflict { claim, others }) = self.claims.conflict(&self.settings.name) {
             let others: Vec<String> = others.iter().map(ToString::to_string).collect();
             problems.push(format!(
@@ -142,7 +154,11 @@ impl Node {
             encap: mode(self.settings.encap.mode).into(),
             epoch: newest.map(|(epoch, _)| epoch.0),
             epoch_age: newest.map(|(_, own)| now.saturating_sub(own.begun).as_secs()),
-            kids: texts(&mut self.psks.iter().map(|psk| psk.kid().to_string())),
+            next_epoch: self.next_epoch().map(|(at, cause)| NextEpoch {
+                seconds: at.saturating_sub(now).as_secs(),
+                cause: cause.text().to_owned(),
+            }),
+            psks: held,
             complete: false,
             problems,
             rejected: BTreeMap::new(),

@@ -10,6 +10,7 @@ use keys::{Cipher, Encap, EncapMode};
 use nix::sched::{CloneFlags, unshare};
 use ring::rand::SystemRandom;
 use ringmail::admission::Admitted;
+use ringmail::backend::ipsec::MOST;
 use ringmail::epochs::DRAIN;
 use ringmail::kernel::netlink::{Events, Netlink, Options};
 use ringmail::kernel::{Datapath as _, Key, Object, Objects};
@@ -63,6 +64,8 @@ impl Site {
                 port: 4500,
             },
             rekey_after: Duration::from_secs(1 << 40),
+            rekey: MOST,
+            psk_grace: Duration::from_secs(3600),
             mtu: None,
             masquerade: true,
             random_fully: true,
@@ -76,7 +79,7 @@ impl Site {
         };
         let (subnets, slot) = mesh.own()?;
         let node = &mut reconciler.node;
-        node.keyed(vec![Arc::clone(&mesh.psk)]);
+        node.keyed(vec![Arc::clone(&mesh.psk)], Duration::ZERO);
         node.uplinked(Uplink {
             name: "lo".into(),
             index: 1,

@@ -231,7 +231,7 @@ def test_config_check_takes_what_the_daemon_took_and_names_what_it_would_not(mes
     command = [program(), "config", "check", conf, "--psk-file", mesh.psk_file]
     checked = json.loads(node.run(command + ["--json"]))
     assert [checked[key]["net"] for key in ("Network", "IPv6Network")] == list(NETWORKS.values()), checked
-    assert checked["Backend"]["PSK"]["kids"] == node.status()["kids"]
+    assert checked["Backend"]["PSK"]["kids"] == [psk["kid"] for psk in node.status()["psks"]]
     bad = node.directory / "bad.json"
     bad.write_text('{"Network": "10.244.0.0/16", "Backend": {"Type": "ipsec", "ESPProposal": "des"}}')
     refused = node.run([program(), "config", "check", str(bad), "--psk-file", mesh.psk_file], check=False)

@@ -223,7 +223,7 @@ impl Chaos {
         mesh.tell(format!("{x}: {what}"));
         let psks = mesh.members[x].psks.clone();
         if let Some(process) = &mut mesh.members[x].process {
-            process.reconciler.node.keyed(psks);
+            process.reconciler.node.keyed(psks, mesh.now - process.began);
         }
         mesh.turn(x);
         what

@@ -4,6 +4,7 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use keys::{Cipher, Encap, EncapMode, Psk, Slot};
+use ringmail::backend::ipsec::MOST;
 use ringmail::lease::{Addresses, Network, NodeName, Range, Subnets};
 use ringmail::node::Settings;
 use ringmail::uplink::Uplink;
@@ -83,6 +84,8 @@ pub(crate) fn settings(node: &str, network: Network) -> Settings {
         },
         // Epochs end by events alone, so that a seed tells the whole story.
         rekey_after: Duration::from_secs(1 << 30),
+        rekey: MOST,
+        psk_grace: Duration::from_secs(3600),
         mtu: None,
         masquerade: true,
         random_fully: true,

@@ -32,7 +32,7 @@ const UNIX: u64 = 1_700_000_000;
 /// The daemon of a node while it runs.
 pub(crate) struct Process {
     pub(crate) reconciler: Reconciler<SimKernel>,
-    began: Duration,
+    pub(crate) began: Duration,
     /// How many versions of each node's lease it has read.
     pub(crate) seen: Vec<usize>,
     published: Option<Epoch>,
@@ -209,11 +209,12 @@ impl Mesh {
     }
 
     fn input(&mut self, x: usize, input: &str) {
+        let now = self.now;
         let member = &mut self.members[x];
         let Some(process) = &mut member.process else { return };
         match input {
             "uplink" => process.reconciler.node.uplinked(member.uplink.clone()),
-            "psk" => process.reconciler.node.keyed(member.psks.clone()),
+            "psk" => process.reconciler.node.keyed(member.psks.clone(), now - process.began),
             "lease" => self.hold(x),
             "roster" => {
                 for y in 0..self.members.len() {
@@ -222,6 +223,14 @@ impl Mesh {
             }
             other => panic!("no such input: {other}"),
         }
+    }
+
+    /// The PSK file of `x` holds these keys now, newest first.
+    pub(crate) fn file(&mut self, x: usize, numbers: &[u8]) {
+        self.tell(format!("{x} has PSKs {numbers:?}"));
+        self.members[x].psks = numbers.iter().map(|number| make::psk(*number, &self.network)).collect();
+        self.input(x, "psk");
+        self.turn(x);
     }
 
     /// The store says which subnets it holds.
