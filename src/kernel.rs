@@ -18,7 +18,7 @@ use std::fmt;
 use std::net::IpAddr;
 
 use ipnet::IpNet;
-use xfrm::{PolicyId, SaId};
+use xfrm::{Family, PolicyId, SaId};
 
 use crate::epochs::Generation;
 use crate::lease::NodeName;
@@ -96,6 +96,8 @@ pub enum Key {
     Link(String),
     /// An address of a device.
     Address(String, IpAddr),
+    /// From which prefix lengths on the kernel hashes policies: before the peers' policies, which it keeps quick to find.
+    HashThreshold(Family),
     /// A security association.
     Sa(SaId),
     /// A peer's policy.
@@ -114,6 +116,7 @@ pub enum Kind {
     Sysctl,
     Link,
     Address,
+    HashThreshold,
     Sa,
     Policy,
     Route,
@@ -129,6 +132,7 @@ impl Key {
             Self::Guard(..) => Kind::Guard,
             Self::Link(_) => Kind::Link,
             Self::Address(..) => Kind::Address,
+            Self::HashThreshold(_) => Kind::HashThreshold,
             Self::Sa(_) => Kind::Sa,
             Self::Policy(_) => Kind::Policy,
             Self::Route(_) => Kind::Route,
@@ -145,6 +149,7 @@ impl fmt::Display for Key {
             Self::Guard(guard, id) => write!(f, "guard policy {guard:?} {id}"),
             Self::Link(name) => write!(f, "link {name}"),
             Self::Address(link, address) => write!(f, "address {address} on {link}"),
+            Self::HashThreshold(family) => write!(f, "policy hash threshold {family:?}"),
             Self::Sa(id) => write!(f, "SA {id}"),
             Self::Policy(id) => write!(f, "policy {id}"),
             Self::Route(net) => write!(f, "route {net}"),
@@ -172,6 +177,11 @@ pub enum Object {
     },
     /// An address of a whole prefix length (/32, /128).
     Address,
+    /// Policies are hashed by these leading bits of their remote end and by none of their local end.
+    HashThreshold {
+        /// Prefix length, bits.
+        remote: u8,
+    },
     /// An SA. `born` is the generation whose key it has, where this process made it; `None` as read from a dump.
     Sa {
         /// What the kernel shows of it.

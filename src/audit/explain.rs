@@ -190,6 +190,7 @@ pub(super) fn describe(object: &Object) -> String {
         Object::Policy(policy) => describe_policy(policy),
         Object::Link { mtu, up } => format!("mtu {mtu}{}", if *up { "" } else { ", down" }),
         Object::Address => "present".into(),
+        Object::HashThreshold { remote } => format!("local 0, remote {remote} bits"),
         Object::Sa { sa, .. } => describe_sa(sa),
         Object::Route { link, source, mtu } => {
             let mtu = mtu.map(|mtu| format!(" mtu {mtu}")).unwrap_or_default();
@@ -290,6 +291,8 @@ pub(super) fn command(key: &Key, object: Option<&Object>) -> String {
         }
         Key::Link(name) => format!("ip -d link show dev {name}"),
         Key::Address(link, _) => format!("ip address show dev {link}"),
+        // Twice counted shows the thresholds.
+        Key::HashThreshold(_) => "ip -s -s xfrm policy count".into(),
         Key::Sa(id) => {
             let src = match object {
                 Some(Object::Sa { sa, .. }) => format!("src {} ", sa.src),

@@ -98,6 +98,7 @@ fn open(key: &Key, object: &Object, directory: &Directory) -> Option<String> {
         | Object::Unreachable
         | Object::Link { .. }
         | Object::Address
+        | Object::HashThreshold { .. }
         | Object::Sa { .. }
         | Object::Route { .. } => None,
     }

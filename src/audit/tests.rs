@@ -137,6 +137,7 @@ fn guards(key: &Key) -> bool {
         Key::Guard(Guard::Local, _)
         | Key::Sysctl(_)
         | Key::Address(..)
+        | Key::HashThreshold(_)
         | Key::Sa(_)
         | Key::Policy(_)
         | Key::Route(_) => false,
@@ -338,6 +339,7 @@ fn changed(object: &mut Object) {
         Object::Policy(policy) => policy.priority += 1,
         Object::Link { mtu, .. } => *mtu += 1,
         Object::Sa { sa, .. } => sa.replay_window += 1,
+        Object::HashThreshold { remote } => *remote += 1,
         Object::Route { source, .. } => *source = address("192.0.2.99"),
         Object::Unreachable | Object::Address => *object = Object::Sysctl("odd".into()),
     }

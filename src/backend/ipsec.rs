@@ -9,7 +9,9 @@ use std::net::{IpAddr, Ipv4Addr, Ipv6Addr};
 
 use ipnet::{IpNet, Ipv4Net, Ipv6Net};
 use keys::{Cipher, Slot, Spi};
-use xfrm::{Action, Aead, Direction, Encap, Limits, Policy, PolicyId, Sa, SaDirection, SaId, Selector, Template};
+use xfrm::{
+    Action, Aead, Direction, Encap, Family, Limits, Policy, PolicyId, Sa, SaDirection, SaId, Selector, Template,
+};
 
 use crate::epochs::Generation;
 use crate::kernel::firewall::Firewall;
@@ -93,6 +95,14 @@ pub fn node(facts: &NodeFacts) -> Objects {
                 Object::Sysctl("2".into()),
             );
         }
+    }
+    // The guard's wide policies would else put all peers' into one list, which the kernel walks for every packet.
+    let lengths = [
+        (Family::V4, facts.network.v4.map(|range| range.subnet_len)),
+        (Family::V6, facts.network.v6.map(|range| range.subnet_len)),
+    ];
+    for (family, length) in lengths {
+        objects.extend(length.map(|remote| (Key::HashThreshold(family), Object::HashThreshold { remote })));
     }
     for net in facts.network.nets() {
         objects.insert(Key::GuardRoute(net), Object::Unreachable);

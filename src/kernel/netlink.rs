@@ -193,6 +193,7 @@ impl Datapath for Netlink {
             Kind::Address => each(writes, &mut |op| link::apply_address(&mut self.route, &self.known, op)),
             Kind::GuardRoute | Kind::Route => route::apply(&mut self.route, &ops(writes)),
             Kind::Guard | Kind::Policy => ipsec::apply_policies(&mut self.xfrm, &ops(writes)),
+            Kind::HashThreshold => ipsec::apply_thresholds(&mut self.xfrm, &ops(writes)),
             Kind::Sa => ipsec::apply_sas(&mut self.xfrm, writes),
         }
     }

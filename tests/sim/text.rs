@@ -54,6 +54,9 @@ fn line(key: &Key, object: &Object) -> String {
             format!("link {name} type dummy mtu {mtu} {}", if *up { "up" } else { "down" })
         }
         (Key::Address(link, address), Object::Address) => format!("address {} dev {link}", IpNet::from(*address)),
+        (Key::HashThreshold(family), Object::HashThreshold { remote }) => {
+            format!("policy hash threshold {family:?} local 0 remote {remote}")
+        }
         (Key::Sa(_), Object::Sa { sa, born }) => {
             let born = born.map_or_else(
                 || "of an earlier process".to_owned(),

@@ -25,6 +25,7 @@ mod monitor;
 pub mod netlink;
 pub mod policy;
 pub mod sa;
+mod threshold;
 #[cfg(test)]
 mod wire_tests;
 mod xfrm;
@@ -37,4 +38,5 @@ pub use monitor::Monitor;
 pub use netlink::{Connection, Protocol};
 pub use policy::{Action, Direction, ForeignPolicy, Policy, PolicyId, Selector, Template};
 pub use sa::{Aead, Encap, ForeignSa, Limits, Sa, SaDirection, SaId, SaInfo};
+pub use threshold::{Family, HashThreshold};
 pub use xfrm::{Parsed, Xfrm};

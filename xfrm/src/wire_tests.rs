@@ -6,8 +6,8 @@
 use std::net::IpAddr;
 
 use crate::{
-    Action, Aead, Batch, Direction, Encap, Error, Event, Limits, MessageRef, Parsed, Policy, PolicyId, Sa, SaDirection,
-    SaId, Selector, Template, event, message, policy, sa,
+    Action, Aead, Batch, Direction, Encap, Error, Event, Family, HashThreshold, Limits, MessageRef, Parsed, Policy,
+    PolicyId, Sa, SaDirection, SaId, Selector, Template, event, message, policy, sa, threshold,
 };
 
 const KEY_160: &[u8] = &[
@@ -255,6 +255,21 @@ fn a_policy_is_written_as_iproute2_writes_it() {
         request(|batch| batch.delete_policy(&probe().id)),
         unstamped(capture!("policy-delete"))
     );
+}
+
+#[test]
+fn a_hash_threshold_is_set_and_read_as_ip_does() {
+    let (local, remote) = (0, 24);
+    let set = request(|batch| batch.set_hash_threshold(Family::V4, HashThreshold { local, remote }));
+    assert_eq!(set, unstamped(capture!("threshold-set")));
+    let bytes = capture!("threshold-get");
+    let message = message::messages(&bytes).next().unwrap();
+    for family in [Family::V4, Family::V6] {
+        assert_eq!(
+            threshold::parse(&message, family),
+            Some(HashThreshold::standard(family))
+        );
+    }
 }
 
 #[test]

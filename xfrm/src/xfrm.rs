@@ -35,6 +35,10 @@ impl Xfrm {
         Connection::open(Protocol::Xfrm).map(Self)
     }
 
+    pub(crate) fn connection(&mut self) -> &mut Connection {
+        &mut self.0
+    }
+
     /// The port that notifications of our own changes carry.
     pub fn port(&self) -> u32 {
         self.0.port()

@@ -3,7 +3,7 @@
 use std::collections::BTreeMap;
 
 use nix::libc;
-use xfrm::{Batch, ForeignPolicy, ForeignSa, Parsed, Policy, PolicyId, Sa, SaId, SaInfo, Xfrm};
+use xfrm::{Batch, Family, ForeignPolicy, ForeignSa, HashThreshold, Parsed, Policy, PolicyId, Sa, SaId, SaInfo, Xfrm};
 use zeroize::Zeroizing;
 
 use super::{gone_is_done, misfit, outcome, unread};
@@ -22,7 +22,7 @@ pub(super) fn policy_key(policy: &Policy) -> Option<Key> {
     }
 }
 
-/// Puts every SA and policy of ours into `objects`.
+/// Puts every SA and policy of ours into `objects`, and the hash thresholds where they are ours.
 pub(super) fn dump(xfrm: &mut Xfrm, objects: &mut Objects) -> Result<(), WriteError> {
     for SaInfo { sa, .. } in sas(xfrm)? {
         objects.extend(sa_key(&sa).map(|key| {
@@ -38,7 +38,41 @@ pub(super) fn dump(xfrm: &mut Xfrm, objects: &mut Objects) -> Result<(), WriteEr
     for policy in policies(xfrm)?.into_iter().filter_map(Parsed::known) {
         objects.extend(policy_key(&policy).map(|key| (key, Object::Policy(Box::new(policy)))));
     }
+    thresholds(xfrm, objects)
+}
+
+/// The policy hash thresholds that bear our mark: nobody else has use for a local end of no bits.
+fn thresholds(xfrm: &mut Xfrm, objects: &mut Objects) -> Result<(), WriteError> {
+    for family in [Family::V4, Family::V6] {
+        let found = xfrm
+            .hash_threshold(family)
+            .map_err(|error| unread("the policy hash thresholds", error))?;
+        if let Some(HashThreshold { local: 0, remote }) = found {
+            objects.insert(Key::HashThreshold(family), Object::HashThreshold { remote });
+        }
+    }
     Ok(())
+}
+
+/// Carries operations on policy hash thresholds out; breaking one sets the kernel's own again.
+pub(super) fn apply_thresholds(xfrm: &mut Xfrm, ops: &[Op]) -> Vec<Result<(), Refused>> {
+    let one = |op: &Op| {
+        let (family, threshold) = match op {
+            Op::Make(Key::HashThreshold(family), Object::HashThreshold { remote })
+            | Op::Change(Key::HashThreshold(family), Object::HashThreshold { remote }) => {
+                let (local, remote) = (0, *remote);
+                (*family, HashThreshold { local, remote })
+            }
+            Op::Break(Key::HashThreshold(family)) => (*family, HashThreshold::standard(*family)),
+            Op::Make(..) | Op::Change(..) | Op::Break(_) => return Err(misfit(op)),
+        };
+        let mut batch = Batch::new();
+        batch.set_hash_threshold(family, threshold);
+        let result = xfrm.execute(batch).into_iter().collect::<Result<Vec<()>, _>>();
+        result.map(drop).map_err(|error| outcome(op, error))
+    };
+    let refused = |error| Refused { error, secret: None };
+    ops.iter().map(one).map(|result| result.map_err(refused)).collect()
 }
 
 /// What our SAs have carried. `used` is the first use where the kernel tells no later one.

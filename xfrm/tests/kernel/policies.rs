@@ -1,6 +1,6 @@
 //! Policies, and what others made.
 
-use xfrm::{Batch, Direction, Event, Events, Parsed, Policy, PolicyId, SaId, Selector, Xfrm};
+use xfrm::{Batch, Direction, Event, Events, Family, HashThreshold, Parsed, Policy, PolicyId, SaId, Selector, Xfrm};
 
 use crate::{REQID, add, address, block, events, ip, own_namespace, policies, policy, sa, set};
 
@@ -146,4 +146,29 @@ fn what_others_made_survives_a_dump_and_is_told_from_what_we_could_have_made() {
         seen,
         [other_sa.clone(), deleted, other_sa, other_policy.clone(), other_policy]
     );
+}
+
+#[test]
+#[ignore = "needs a kernel with ESP: tests/run runs it in one"]
+fn a_hash_threshold_is_kept_and_policies_stay_as_they_are() {
+    own_namespace();
+    let mut xfrm = Xfrm::open().unwrap();
+    let mut wanted = vec![
+        policy(Direction::Out, "0.0.0.0/0", "10.4.2.0/24", 0x1001),
+        block(Direction::Out),
+    ];
+    wanted.sort_by_key(|policy| policy.id);
+    set(&mut xfrm, &wanted);
+    let (local, remote) = (0, 24);
+    let mut batch = Batch::new();
+    batch.set_hash_threshold(Family::V4, HashThreshold { local, remote });
+    assert_eq!(xfrm.execute(batch), [Ok(())]);
+    assert_eq!(
+        xfrm.hash_threshold(Family::V4),
+        Ok(Some(HashThreshold { local, remote }))
+    );
+    let standard = HashThreshold::standard(Family::V6);
+    assert_eq!(xfrm.hash_threshold(Family::V6), Ok(Some(standard)));
+    assert!(ip("-s -s xfrm policy count").contains("SPD IPv4 thresholds: local 0 remote 24"));
+    assert_eq!(policies(&mut xfrm), wanted);
 }
