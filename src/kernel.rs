@@ -355,11 +355,24 @@ pub trait Datapath {
     /// Carries out operations of one kind; one result each, in order. A failed one does not stop the others.
     fn apply(&mut self, kind: Kind, writes: Vec<Write>) -> Vec<Result<(), Refused>>;
 
-    /// False where the packet filter is one that tells nobody of changes and no longer holds what was last written.
-    fn filter_stands(&mut self) -> bool;
+    /// False where the packet filter is one that tells nobody of changes and no longer holds what was last written. A
+    /// [`Look::Glance`] costs next to nothing and misses a rule that was put in the place of another of its length.
+    fn filter_stands(&mut self, look: Look) -> bool;
+
+    /// Whether the packet filter tells of changes by itself.
+    fn filter_tells(&self) -> bool;
 
     /// The counters of our SAs, by id.
     fn counters(&mut self) -> Result<BTreeMap<SaId, Counters>, WriteError>;
+}
+
+/// How closely the packet filter is looked at.
+#[derive(Clone, Copy, Debug, Eq, PartialEq)]
+pub enum Look {
+    /// At its size; at its rules where that has changed.
+    Glance,
+    /// At its rules.
+    Whole,
 }
 
 /// A write that failed; a made SA's key comes back where the kernel holds it for sure not to be used.

@@ -15,7 +15,7 @@ use xfrm::SaId;
 
 use crate::backend::ipsec;
 use crate::kernel::{
-    Counters, Datapath, Event, Key, Kind, Object, Objects, Op, Refused, Scope, Write, WriteError, diff, order,
+    Counters, Datapath, Event, Key, Kind, Look, Object, Objects, Op, Refused, Scope, Write, WriteError, diff, order,
     reqid_slot,
 };
 use crate::lease::{Completeness, NodeName};
@@ -84,10 +84,15 @@ impl<D: Datapath> Reconciler<D> {
     }
 
     /// Looks at the packet filter where it tells nobody of changes.
-    pub fn look_at_filter(&mut self) {
-        if !self.kernel.filter_stands() {
+    pub fn look_at_filter(&mut self, look: Look) {
+        if !self.kernel.filter_stands(look) {
             self.notice(Event::Gone(Key::Firewall));
         }
+    }
+
+    /// Whether the packet filter tells of changes by itself; if not, [`Reconciler::look_at_filter`] is to be called.
+    pub fn filter_tells(&self) -> bool {
+        self.kernel.filter_tells()
     }
 
     /// What the kernel holds of ours, as far as is known.

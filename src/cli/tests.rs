@@ -14,7 +14,7 @@ use crate::admin::{Leases, Rotation};
 use crate::audit;
 use crate::config::UsageError;
 use crate::kernel::netlink::{Netlink, Options};
-use crate::kernel::{Datapath as _, Key, Kind, Object, Objects, Op, Refused, Write, WriteError};
+use crate::kernel::{Datapath as _, Key, Kind, Look, Object, Objects, Op, Refused, Write, WriteError};
 use crate::node::PskReport;
 use crate::node::report::Report;
 use crate::testing::Folder;
@@ -503,7 +503,11 @@ impl crate::kernel::Datapath for Stubborn {
         };
         writes.into_iter().map(result).collect()
     }
-    fn filter_stands(&mut self) -> bool {
+    fn filter_stands(&mut self, _: Look) -> bool {
+        true
+    }
+
+    fn filter_tells(&self) -> bool {
         true
     }
     fn counters(&mut self) -> Result<std::collections::BTreeMap<xfrm::SaId, crate::kernel::Counters>, WriteError> {

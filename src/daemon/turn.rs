@@ -17,8 +17,8 @@ use super::sockets::Sockets;
 use crate::admin::Command;
 use crate::config::SubnetEnv;
 use crate::config::subnet_env::Written;
-use crate::kernel::Scope;
 use crate::kernel::netlink::{Events, Netlink};
+use crate::kernel::{Look, Scope};
 use crate::lease::{Lease, Revision, Roster, Subnets};
 use crate::node::{Cause, Datagram, Settings};
 use crate::psk;
@@ -73,6 +73,8 @@ pub struct Outputs {
 
 /// A full look at the kernel, whatever the notifications said.
 const RESYNC: Duration = Duration::from_secs(300);
+/// How often the size of a packet filter that tells nobody is looked at.
+const GLANCE: Duration = Duration::from_millis(200);
 /// How often subnet.env is looked at: another hand may have changed it.
 const LOOK: Duration = Duration::from_secs(5);
 
@@ -92,9 +94,11 @@ pub(super) struct Turn {
     resync: Duration,
     /// Whether the kernel keeps a direction on an SA.
     directed: bool,
-    /// How often a packet filter that tells nobody is looked at, and when next.
+    /// How often the rules of a packet filter that tells nobody are read, and when next.
     filter_every: Duration,
     filter: Duration,
+    /// When its size is looked at next; `None` where it tells of changes.
+    glance: Option<Duration>,
     answers: Vec<Datagram>,
     pub(super) subnet_env_error: Option<String>,
     /// What was last seen in subnet.env, and when.
@@ -120,11 +124,13 @@ impl Turn {
         directed: bool,
         filter_every: Duration,
     ) -> Self {
+        let glance = (!reconciler.filter_tells()).then_some(GLANCE);
         Self {
             reconciler,
             directed,
             filter_every,
             filter: filter_every,
+            glance,
             inputs,
             outputs,
             random: SystemRandom::new(),
@@ -179,6 +185,7 @@ impl Turn {
             self.sockets.reopen(),
             Some(self.resync),
             Some(self.filter),
+            self.glance,
         ];
         let due = due.into_iter().flatten().min().unwrap_or(self.resync);
         let sleep = tokio::time::sleep(due.saturating_sub(now).max(Duration::from_millis(1)));
@@ -272,7 +279,11 @@ impl Turn {
         }
         if now >= self.filter {
             self.filter = now + self.filter_every;
-            self.reconciler.look_at_filter();
+            self.reconciler.look_at_filter(Look::Whole);
+        }
+        if self.glance.is_some_and(|at| now >= at) {
+            self.glance = Some(now + GLANCE);
+            self.reconciler.look_at_filter(Look::Glance);
         }
         self.reconciler.pass(now);
         let unix = SystemTime::now()

@@ -1,9 +1,11 @@
 //! The packet filter as iptables chains of our own, for kernels without address translation in nf_tables.
 //!
 //! Each table is changed by one `iptables-restore --noflush`, which the kernel commits at one instant; `iptables-save`
-//! shows what stands. iptables tells nobody of changes: whoever uses this compares now and then.
+//! shows what stands. iptables tells nobody of changes: whoever uses this looks at the tables' sizes often
+//! ([`Iptables::may_differ`]) and compares the rules now and then.
 
 mod program;
+mod size;
 mod text;
 
 use std::collections::BTreeMap;
@@ -13,6 +15,7 @@ use std::time::Duration;
 use crate::kernel::firewall::{Counters, Firewall, Rule, Way};
 
 use program::Programs;
+use size::Size;
 use text::{Shown, Table};
 
 /// How long one run of a program may take.
@@ -102,6 +105,8 @@ impl fmt::Display for Family {
 pub struct Iptables {
     programs: BTreeMap<Family, Programs>,
     written: Option<(Firewall, Standing)>,
+    /// How large the tables were when they were last seen to be right.
+    sizes: BTreeMap<(Family, Table), Size>,
     /// Drops counted by rules that were rewritten by a program that does not carry the numbers over (ip6tables-nft 1.8.9).
     lost: Counters,
 }
@@ -116,6 +121,7 @@ impl Iptables {
         Ok(Self {
             programs,
             written: None,
+            sizes: BTreeMap::new(),
             lost: Counters::default(),
         })
     }
@@ -156,6 +162,7 @@ impl Iptables {
                 written.insert((family, table), shown.rules);
             }
         }
+        self.sizes = size::sizes(written.keys().copied());
         self.written = Some((firewall.clone(), written));
         Ok(())
     }
@@ -163,6 +170,8 @@ impl Iptables {
     /// Whether our chains and the jumps to them are as [`Iptables::apply`] left them when it was last called with
     /// `firewall`. Runs six programs with both families.
     pub fn matches(&mut self, firewall: &Firewall) -> Result<bool, Error> {
+        // Looked at before the rules: a change in between is seen the next time.
+        let sizes = self.current_sizes();
         let Some((_, written)) = self.written.as_ref().filter(|(written, _)| written == firewall) else {
             return Ok(false);
         };
@@ -175,7 +184,19 @@ impl Iptables {
                 return Ok(false);
             }
         }
+        self.sizes = sizes;
         Ok(true)
+    }
+
+    /// Whether a table that we have a chain in is no longer as large as when [`Iptables::matches`] last was true: somebody
+    /// added or removed a rule, of ours or of theirs. Six system calls.
+    pub fn may_differ(&self) -> bool {
+        self.current_sizes() != self.sizes
+    }
+
+    fn current_sizes(&self) -> BTreeMap<(Family, Table), Size> {
+        let tables = self.written.iter().flat_map(|(_, standing)| standing.keys().copied());
+        size::sizes(tables)
     }
 
     /// Removes our chains and the jumps to them, in both families.

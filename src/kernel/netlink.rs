@@ -32,7 +32,7 @@ use xfrm::{Connection, KernelError, Protocol, SaId, Xfrm};
 
 use super::firewall::{self, Firewall, Manager};
 use super::sysctl::Sysctl;
-use super::{Counters, Datapath, Key, Kind, Object, Objects, Op, Refused, Write, WriteError};
+use super::{Counters, Datapath, Key, Kind, Look, Object, Objects, Op, Refused, Write, WriteError};
 #[cfg(doc)]
 use super::{Event, ROUTE_PROTOCOL, reqid_slot};
 
@@ -198,11 +198,19 @@ impl Datapath for Netlink {
         }
     }
 
-    fn filter_stands(&mut self) -> bool {
+    fn filter_stands(&mut self, look: Look) -> bool {
         let Some(rules) = &self.rules else { return true };
         let mut manager = self.firewall.borrow_mut();
+        let suspect = match &*manager {
+            Manager::Nft(_) => false,
+            Manager::Iptables(iptables) => look == Look::Whole || iptables.may_differ(),
+        };
         // A filter that can't be read is left alone: the write would fail too.
-        matches!(&*manager, Manager::Nft(_)) || manager.verify(rules).unwrap_or(true)
+        !suspect || manager.verify(rules).unwrap_or(true)
+    }
+
+    fn filter_tells(&self) -> bool {
+        matches!(&*self.firewall.borrow(), Manager::Nft(_))
     }
 
     fn counters(&mut self) -> Result<BTreeMap<SaId, Counters>, WriteError> {

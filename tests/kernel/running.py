@@ -18,7 +18,6 @@ import netns
 from rig import Lab, eventually
 
 PSK = "Zm9yIHRlc3RzIG9mIHRoaXMgcmVwb3NpdG9yeSBvbmx5"
-POLL = 5  # seconds between two looks at iptables, which tells nobody of its changes
 measures = []
 
 

@@ -8,7 +8,7 @@ use std::collections::{BTreeMap, BTreeSet};
 use std::net::IpAddr;
 use std::rc::Rc;
 
-use ringmail::kernel::{Counters, Datapath, Event, Key, Kind, Object, Objects, Op, Refused, Write, WriteError};
+use ringmail::kernel::{Counters, Datapath, Event, Key, Kind, Look, Object, Objects, Op, Refused, Write, WriteError};
 use xfrm::{KernelError, PolicyId, SaId};
 
 use super::packet::Scene;
@@ -314,7 +314,11 @@ impl Datapath for SimKernel {
         writes.into_iter().map(|write| self.one(write)).collect()
     }
 
-    fn filter_stands(&mut self) -> bool {
+    fn filter_stands(&mut self, _: Look) -> bool {
+        true
+    }
+
+    fn filter_tells(&self) -> bool {
         true
     }
 
