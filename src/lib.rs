@@ -23,6 +23,7 @@
 //! | statement | what a node says about itself for one epoch, authenticated with the PSK |
 //! | epoch | the life of one ephemeral key of a node; its number only rises |
 //! | generation | an ordered pair of epochs, the sender's and the receiver's; it names one SA |
+//! | carrier | what an SA's packets travel in: plain ESP, or UDP |
 //! | slot | a subnet's index in the Network |
 //! | uplink | the interface that carries the mesh |
 //! | desired | what the kernel should hold, from the plan |
@@ -42,6 +43,7 @@ pub mod admin;
 pub mod admission;
 pub mod audit;
 pub mod backend;
+pub mod carrier;
 pub mod cli;
 pub mod config;
 pub mod daemon;

@@ -11,13 +11,14 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use keys::{
-    Cipher, Encap, Encoded, Epoch, EpochSecret, Inbound, Kid, Outbound, ProbeKey, Psk, PublicKey, SaKey, Slot,
+    Carrier, Cipher, Encap, Encoded, Epoch, EpochSecret, Inbound, Kid, Outbound, ProbeKey, Psk, PublicKey, SaKey, Slot,
     Statement,
 };
 use xfrm::{Direction, Sa, SaId};
 
 use crate::admission::{self, Admitted, Claims, Refusal};
 use crate::backend::ipsec::Soft;
+use crate::carrier::Choice;
 use crate::epochs::{Generation, Inherited, Pair, Rollback};
 use crate::kernel::{Key, Object, Objects, Scope, reqid_slot};
 use crate::lease::{Lease, Network, NodeName, Subnets};
@@ -90,18 +91,24 @@ struct PeerEpoch {
 /// The keys of one pair of epochs.
 #[derive(Debug)]
 struct Keys {
-    outbound: Unused,
+    outbound: Sending,
     inbound: Inbound,
     probe: ProbeKey,
 }
 
-/// A sending key on its way to its one use.
+/// Sending keys on their way to their one use.
 #[derive(Debug)]
-enum Unused {
+enum Sending {
     Fresh(Box<Outbound>),
-    /// Handed out, and refused by the kernel before any use.
-    Back(SaKey),
-    Spent,
+    /// Made, and not handed out yet, or refused by the kernel before any use; what is not here is spent.
+    Made(BTreeMap<Carrier, SaKey>),
+}
+
+/// Which way an SA is used.
+#[derive(Clone, Copy, Debug, Eq, Ord, PartialEq, PartialOrd)]
+enum Way {
+    In,
+    Out,
 }
 
 /// A peer that is served.
@@ -114,11 +121,15 @@ struct Peer {
     /// By the sending generation.
     keys: BTreeMap<Generation, Keys>,
     leftovers: BTreeMap<SaId, Sa>,
+    /// On which carriers the kernel has a generation's SA.
+    made: BTreeMap<(Generation, Way), BTreeSet<Carrier>>,
+    /// What our data takes where both carriers are open.
+    choice: Choice,
     schedule: Schedule,
     /// Under which time it stands among what is due.
     queued: Option<Duration>,
-    /// The question that is out, and what it said of our data.
-    asked: Option<(u64, Option<Generation>, Duration)>,
+    /// The last question on each carrier: its number, what it said of our data, when it was sent.
+    asked: BTreeMap<Carrier, (u64, Option<Generation>, Duration)>,
     round_trip: Option<Duration>,
     trouble: Option<String>,
 }
@@ -166,6 +177,8 @@ pub struct Datagram {
     pub sent: Generation,
     /// The generation that it says our data goes on.
     pub data: Option<Generation>,
+    /// What it is to travel in.
+    pub carrier: Carrier,
     /// The subnets that this data is for.
     pub subnets: Subnets,
 }
@@ -340,6 +353,8 @@ impl Node {
             }
             let left = self.leftovers.remove(&admitted.slot).unwrap_or_default();
             let own_slot = self.slot();
+            let used = left.data.and_then(|id| left.sas.get(&id));
+            let presumed = used.map(|sa| if sa.encap.is_some() { Carrier::Udp } else { Carrier::Esp });
             let inbound = left.sas.keys().filter(|id| sender(id) != own_slot).copied().collect();
             let inherited = Inherited {
                 inbound,
@@ -356,9 +371,11 @@ impl Node {
                 pair: Pair::new(fit, inherited),
                 keys: BTreeMap::new(),
                 leftovers: left.sas,
+                made: BTreeMap::new(),
+                choice: Choice::new(presumed),
                 schedule: Schedule::at_once(now),
                 queued: None,
-                asked: None,
+                asked: BTreeMap::new(),
                 round_trip: None,
                 trouble: None,
             };
@@ -630,13 +647,26 @@ impl Node {
 
     /// The kernel holds an SA of this process that it did not hold before.
     pub fn made(&mut self, name: &NodeName, sa: &SaId, born: Generation, now: Duration) {
-        let sends = sender(sa) == self.slot();
+        let (way, sending) = if sender(sa) == self.slot() {
+            (Way::Out, born)
+        } else {
+            (Way::In, born.reverse())
+        };
+        let Ok(parts) = keys::Spi(sa.spi).parts() else { return };
+        let Some(open) = self.peers.get(name).map(|peer| self.open(peer, sending)) else {
+            return;
+        };
         if let Some(peer) = self.peers.get_mut(name) {
             let before = (peer.pair.probe(), peer.pair.data());
-            if sends {
-                peer.pair.sent(born);
-            } else {
-                peer.pair.installed(born);
+            let made = peer.made.entry((born, way)).or_default();
+            made.insert(parts.carrier);
+            let whole = open.iter().all(|carrier| made.contains(carrier));
+            match way {
+                // Also where its twin was refused: what is half made is not to be forgotten.
+                Way::Out if !whole => peer.pair.programmed(born),
+                Way::Out => peer.pair.sent(born),
+                Way::In if !whole => {}
+                Way::In => peer.pair.installed(born),
             }
             if (peer.pair.probe(), peer.pair.data()) != before {
                 self.retimed(name, |peer| peer.schedule = Schedule::at_once(now));
@@ -650,8 +680,14 @@ impl Node {
         let own_slot = self.slot();
         let Some(peer) = self.peers.get_mut(name) else { return };
         let mends = match born {
-            Some(generation) if sender(sa) == own_slot => peer.pair.lost_sending(generation),
-            Some(generation) => peer.pair.lost_receiving(generation),
+            Some(generation) if sender(sa) == own_slot => {
+                peer.made.remove(&(generation, Way::Out));
+                peer.pair.lost_sending(generation)
+            }
+            Some(generation) => {
+                let made = peer.made.remove(&(generation, Way::In)).is_some();
+                peer.pair.lost_receiving(generation) || made
+            }
             None => {
                 peer.pair.lost_inherited(sa);
                 false

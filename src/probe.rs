@@ -10,12 +10,20 @@
 
 use std::time::Duration;
 
-use keys::{Epoch, ProbeKey};
+use keys::{Carrier, Epoch, ProbeKey};
 
 use crate::epochs::Generation;
 
-/// The UDP port of probes, at both ends; only packets inside the tunnel reach it.
+/// The UDP port that probes go to; only packets inside the tunnel reach it.
 pub const PORT: u16 = 8474;
+
+/// The UDP port that a probe comes from: by it the `out` policies tell on which carrier it is to travel.
+pub const fn source(carrier: Carrier) -> u16 {
+    match carrier {
+        Carrier::Esp => PORT,
+        Carrier::Udp => PORT + 1,
+    }
+}
 
 /// The size of a probe, bytes.
 pub const LEN: usize = 62;
@@ -90,19 +98,24 @@ impl Probe {
 pub struct Schedule {
     due: Duration,
     step: Duration,
+    resting: bool,
 }
 
 /// The first wait for an answer; it doubles with each unanswered probe.
 const FIRST: Duration = Duration::from_millis(50);
 /// The longest wait between two probes to a peer that does not answer.
 const SLOWEST: Duration = Duration::from_secs(10);
-/// Between two probes while both ends are settled.
-const SETTLED: Duration = Duration::from_secs(15);
+/// Between two probes while both ends are settled. A NAT on the way keeps its mapping meanwhile (RFC 3948 section 4: 20 s).
+pub const SETTLED: Duration = Duration::from_secs(15);
 
 impl Schedule {
     /// Due at `now`.
     pub fn at_once(now: Duration) -> Self {
-        Self { due: now, step: FIRST }
+        Self {
+            due: now,
+            step: FIRST,
+            resting: false,
+        }
     }
 
     /// When the next probe is due.
@@ -110,10 +123,23 @@ impl Schedule {
         self.due
     }
 
-    /// A probe was sent at `now`; `jitter` lies in 0..1 and spreads the next one over a quarter of its wait.
-    pub fn sent(&mut self, now: Duration, settled: bool, jitter: f64) {
-        let wait = if settled { SETTLED } else { self.step };
-        self.step = if settled { FIRST } else { (self.step * 2).min(SLOWEST) };
+    /// Due at `now`, if it rests while all is well.
+    pub fn wake(&mut self, now: Duration) {
+        if self.resting {
+            *self = Self::at_once(now);
+        }
+    }
+
+    /// A probe was sent at `now`; where all is settled the next follows after `rest`. `jitter` lies in 0..1 and spreads
+    /// the next one over a quarter of its wait.
+    pub fn sent(&mut self, now: Duration, rest: Option<Duration>, jitter: f64) {
+        self.resting = rest.is_some();
+        let wait = rest.unwrap_or(self.step);
+        self.step = if self.resting {
+            FIRST
+        } else {
+            (self.step * 2).min(SLOWEST)
+        };
         self.due = now + wait.mul_f64(1.0 - jitter.clamp(0.0, 1.0) / 4.0);
     }
 }

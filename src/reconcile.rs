@@ -8,7 +8,7 @@
 use std::collections::{BTreeMap, BTreeSet};
 use std::time::Duration;
 
-use keys::{Epoch, EpochSecret, Spi};
+use keys::{Carrier, Epoch, EpochSecret, Spi};
 use ring::rand::SecureRandom;
 use tracing::{debug, error, info, warn};
 use xfrm::SaId;
@@ -138,23 +138,27 @@ impl<D: Datapath> Reconciler<D> {
     }
 
     /// Whether `datagram` tells the truth: the kernel carries it on the generation that it names and on no other, and
-    /// data on the one that it says. The peer drops what it believes is no longer sent on.
+    /// data on the one that it says, on whatever carrier. The peer drops what it believes is no longer sent on.
     pub fn carries(&self, datagram: &Datagram) -> bool {
         let (Some(own), Some(slot)) = (self.node.base(datagram.to), self.node.slot()) else {
             return false;
         };
-        let through = |id, generation| {
+        let through = |id| {
             let Some(Object::Policy(policy)) = self.actual.get(&Key::Policy(id)) else {
-                return false;
+                return None;
             };
-            let spi = ipsec::spi(slot, generation).0;
-            policy.template.as_ref().is_some_and(|template| template.spi == spi)
+            policy.template.as_ref().map(|template| Spi(template.spi))
         };
         let mut subnets = datagram.subnets.iter();
-        through(ipsec::probe_policy(own, datagram.to), datagram.sent)
-            && datagram
-                .data
-                .is_none_or(|data| subnets.all(|subnet| through(ipsec::data_policy(subnet), data)))
+        let on = |generation, carrier| Some(ipsec::spi(slot, generation, carrier));
+        let probe = ipsec::probe_policy(own, datagram.to, datagram.carrier);
+        through(probe) == on(datagram.sent, datagram.carrier)
+            && datagram.data.is_none_or(|data| {
+                subnets.all(|subnet| {
+                    let spi = through(ipsec::data_policy(subnet));
+                    spi.map(|spi| spi.over(Carrier::Esp)) == on(data, Carrier::Esp)
+                })
+            })
     }
 
     /// Takes what a notification says.

@@ -409,7 +409,7 @@ proptest! {
         prop_assert!(!Probe::genuine(&bytes, &key));
         let mut node = node();
         offer(&mut node, &lease(&statement(2, 7)));
-        prop_assert!(node.probed([10, 244, 2, 0].into(), &bytes, Duration::ZERO).is_none());
+        prop_assert!(node.probed([10, 244, 2, 0].into(), &bytes, Duration::ZERO).is_empty());
     }
 
     #[test]
@@ -429,7 +429,7 @@ proptest! {
         let mut now = Duration::ZERO;
         for (jitter, settled) in jitters {
             now = schedule.due();
-            schedule.sent(now, settled, jitter);
+            schedule.sent(now, settled.then_some(probe::SETTLED), jitter);
             let wait = schedule.due() - now;
             let (least, most) = if settled { (11_250, 15_000) } else { (37, 10_000) };
             prop_assert!(wait >= Duration::from_millis(least) && wait <= Duration::from_millis(most), "{wait:?}");
@@ -471,7 +471,7 @@ fn an_unanswered_peer_is_probed_ever_more_slowly_and_a_settled_one_slowly() {
     let mut waits = Vec::new();
     for _ in 0..12 {
         let now = schedule.due();
-        schedule.sent(now, false, 0.0);
+        schedule.sent(now, None, 0.0);
         waits.push((schedule.due() - now).as_millis());
     }
     assert_eq!(
@@ -481,7 +481,7 @@ fn an_unanswered_peer_is_probed_ever_more_slowly_and_a_settled_one_slowly() {
         ]
     );
     let now = schedule.due();
-    schedule.sent(now, true, 0.0);
+    schedule.sent(now, Some(probe::SETTLED), 0.0);
     assert_eq!(schedule.due() - now, Duration::from_secs(15));
 }
 
@@ -500,7 +500,7 @@ fn a_probe_that_is_forged_in_a_peers_name_is_not_heard() {
         ticket: 1,
     };
     let bytes = forged.seal(&probe_keys().0);
-    assert!(node.probed([10, 244, 2, 0].into(), &bytes, Duration::ZERO).is_none());
+    assert!(node.probed([10, 244, 2, 0].into(), &bytes, Duration::ZERO).is_empty());
     let report = node.report(&Default::default(), Duration::ZERO);
     assert_eq!((report.peers[0].heard, report.peers[0].spi_in.as_ref()), (None, None));
 }

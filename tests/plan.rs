@@ -7,7 +7,7 @@ mod sim;
 use std::path::PathBuf;
 use std::time::Duration;
 
-use keys::{Cipher, EncapMode};
+use keys::{Carrier, Cipher, EncapMode};
 use ringmail::node::Cause;
 use sim::make::{self, Families};
 use sim::mesh::Mesh;
@@ -121,6 +121,29 @@ fn two_nodes_meet() {
         story.wants("all", &mesh);
         story.end(name);
     }
+}
+
+#[test]
+fn two_nodes_that_leave_the_carrier_open() {
+    let mut mesh = Mesh::new("auto", Families::V4);
+    for x in 0..2 {
+        mesh.add();
+        mesh.members[x].settings.encap.mode = EncapMode::Auto;
+    }
+    mesh.start(0);
+    let mut story = Story::new("Node1 of two, both with UDPEncap \"auto\": its peer node2 comes.");
+    story.skip(&mesh);
+    mesh.start(1);
+    mesh.run(second());
+    story.did("node2 came, and plain ESP passes", &mesh);
+    story.wants("all", &mesh);
+    mesh.blocked.insert((0, 1, Carrier::Esp));
+    mesh.run(4 * second());
+    story.did("plain ESP to node2 is blocked on the way", &mesh);
+    mesh.blocked.clear();
+    mesh.run(20 * second());
+    story.did("it passes again", &mesh);
+    story.end("auto");
 }
 
 #[test]

@@ -43,5 +43,5 @@ pub mod statement;
 pub use cipher::{Cipher, UnknownCipher};
 pub use pair::{EpochSecret, Inbound, NoRandom, Outbound, Pair, PairError, ProbeKey, PublicKey, SaKey};
 pub use psk::{Kid, KidError, Psk, PskError, Tag, common_kid};
-pub use spi::{Epoch, ForeignSpi, NoEpoch, Slot, SlotOutOfRange, Spi, SpiParts, next_epoch};
+pub use spi::{Carrier, Epoch, ForeignSpi, NoEpoch, Slot, SlotOutOfRange, Spi, SpiParts, next_epoch};
 pub use statement::{Encap, EncapMode, Encoded, Field, Statement, StatementError, network_name};

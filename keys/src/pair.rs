@@ -9,7 +9,7 @@ use thiserror::Error;
 use x25519_dalek::StaticSecret;
 
 use crate::secret::{Label, Secret, extract, same, veiled};
-use crate::{Cipher, Encoded, Psk, Spi};
+use crate::{Carrier, Cipher, Encoded, Psk, Spi};
 
 /// The X25519 secret of one epoch of this process. Never leaves it; zeroed on drop, after which nothing that was
 /// encrypted for this epoch can be opened again.
@@ -175,7 +175,7 @@ impl Direction {
     }
 }
 
-/// The right to make the key of the sending SA of a pair, once: a nonce must not repeat under a key, and an SA that is
+/// The right to make the key of the sending SA of a pair, or of its two SAs, once: a nonce must not repeat under a key, and an SA that is
 /// made again begins with the same nonces.
 ///
 /// ```compile_fail,E0382
@@ -208,6 +208,11 @@ impl Outbound {
     /// The key to send with.
     pub fn into_key(self, cipher: Cipher, spi: Spi) -> SaKey {
         self.0.sa_key(cipher, spi)
+    }
+
+    /// The keys of a generation that has an SA for each carrier, `spi` over plain ESP and over UDP, in this order.
+    pub fn into_keys(self, cipher: Cipher, spi: Spi) -> [SaKey; 2] {
+        [Carrier::Esp, Carrier::Udp].map(|carrier| self.0.sa_key(cipher, spi.over(carrier)))
     }
 }
 

@@ -1,16 +1,16 @@
 //! The numbers that name things: epochs, slots, and the SPI that is made of them.
 //!
 //! ```text
-//!  31                    12 11       6 5         0
-//! +------------------------+----------+-----------+
-//! |   slot of the sender   | sender's | receiver's|
-//! |          + 1           | epoch    | epoch     |
-//! |                        | mod 64   | mod 64    |
-//! +------------------------+----------+-----------+
+//!  31   30                 12 11       6 5         0
+//! +----+---------------------+----------+-----------+
+//! | in | slot of the sender  | sender's | receiver's|
+//! | UDP|        + 1          | epoch    | epoch     |
+//! |    |                     | mod 64   | mod 64    |
+//! +----+---------------------+----------+-----------+
 //! ```
-//! At one receiver no two senders share a slot and no two live epochs of one node share a value modulo 64, so no two
-//! SAs share an SPI. The top field is never 0, which keeps clear of the reserved SPIs 0 to 255 (RFC 4303 section 2.1),
-//! and never all ones.
+//! At one receiver no two senders share a slot, no two live epochs of one node share a value modulo 64, and a generation
+//! has one SA a carrier, so no two SAs share an SPI. The slot's field is never 0, which keeps clear of the reserved SPIs
+//! 0 to 255 (RFC 4303 section 2.1), and never all ones.
 
 use std::collections::BTreeSet;
 use std::fmt;
@@ -76,13 +76,13 @@ pub enum NoEpoch {
     },
 }
 
-/// A subnet's index in the Network: 0 to 2^20 - 3.
+/// A subnet's index in the Network: 0 to 2^19 - 3.
 #[derive(Clone, Copy, Debug, Eq, Hash, Ord, PartialEq, PartialOrd)]
 pub struct Slot(u32);
 
 impl Slot {
     /// The highest slot that an SPI has room for.
-    pub const MAX: Self = Self((1 << 20) - 3);
+    pub const MAX: Self = Self((1 << 19) - 3);
 
     /// # Errors
     /// [`SlotOutOfRange`], when `index` is above [`Slot::MAX`].
@@ -111,23 +111,50 @@ impl fmt::Display for Slot {
 #[error("slot {0} is above {max}: use a smaller Network or a shorter SubnetLen", max = Slot::MAX)]
 pub struct SlotOutOfRange(pub u32);
 
+/// What an SA's packets travel in. The kernel takes one of the two on an SA, never both.
+#[derive(Clone, Copy, Debug, Eq, Hash, Ord, PartialEq, PartialOrd)]
+pub enum Carrier {
+    /// Plain ESP: IP protocol 50.
+    Esp,
+    /// ESP in UDP (RFC 3948).
+    Udp,
+}
+
+impl fmt::Display for Carrier {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(match self {
+            Self::Esp => "esp",
+            Self::Udp => "udp",
+        })
+    }
+}
+
 /// A security parameter index as it stands in a packet and in `ip xfrm state`. Any number can be one: those of
 /// foreign SAs have no [`parts`](Spi::parts) of ours, or meaningless ones.
 #[derive(Clone, Copy, Debug, Eq, Hash, Ord, PartialEq, PartialOrd)]
 pub struct Spi(pub u32);
 
 impl Spi {
-    /// The SPI of the generation (`sender_epoch`, `receiver_epoch`) of a sender in `sender_slot`.
+    /// The SPI of the generation (`sender_epoch`, `receiver_epoch`) of a sender in `sender_slot`, in plain ESP.
     pub const fn new(sender_slot: Slot, sender_epoch: Epoch, receiver_epoch: Epoch) -> Self {
         Self((sender_slot.0 + 1) << 12 | (sender_epoch.mod64() as u32) << 6 | receiver_epoch.mod64() as u32)
+    }
+
+    /// The SPI of the same generation over `carrier`.
+    #[must_use]
+    pub const fn over(self, carrier: Carrier) -> Self {
+        match carrier {
+            Carrier::Esp => Self(self.0 & !IN_UDP),
+            Carrier::Udp => Self(self.0 | IN_UDP),
+        }
     }
 
     /// Takes the SPI apart.
     ///
     /// # Errors
-    /// [`ForeignSpi`], when [`Spi::new`] makes no such number.
+    /// [`ForeignSpi`], when [`Spi::new`] and [`Spi::over`] make no such number.
     pub const fn parts(self) -> Result<SpiParts, ForeignSpi> {
-        let Some(index) = (self.0 >> 12).checked_sub(1) else {
+        let Some(index) = ((self.0 & !IN_UDP) >> 12).checked_sub(1) else {
             return Err(ForeignSpi(self));
         };
         let Ok(slot) = Slot::new(index) else {
@@ -137,6 +164,11 @@ impl Spi {
             slot,
             sender_mod64: (self.0 >> 6 & 63) as u8,
             receiver_mod64: (self.0 & 63) as u8,
+            carrier: if self.0 & IN_UDP == 0 {
+                Carrier::Esp
+            } else {
+                Carrier::Udp
+            },
         })
     }
 }
@@ -157,12 +189,17 @@ pub struct SpiParts {
     pub sender_mod64: u8,
     /// The receiver's epoch modulo 64.
     pub receiver_mod64: u8,
+    /// What it travels in.
+    pub carrier: Carrier,
 }
 
 /// An SPI that no node of ours makes.
 #[derive(Clone, Copy, Debug, Eq, Error, PartialEq)]
 #[error("SPI {0} is not of the form that ringmail makes")]
 pub struct ForeignSpi(pub Spi);
+
+/// The bit of an SPI that says "in UDP".
+const IN_UDP: u32 = 1 << 31;
 
 /// Epoch numbers that an SPI can tell apart.
 const EPOCHS: u64 = 64;
@@ -180,13 +217,15 @@ mod tests {
     #[test]
     fn the_lowest_and_the_highest_slot_give_spis_that_the_kernel_takes() {
         assert_eq!(Spi::new(Slot(0), Epoch(0), Epoch(0)), Spi(0x1000));
-        assert_eq!(Spi::new(Slot::MAX, Epoch(63), Epoch(127)), Spi(0xffff_efff));
-        assert_eq!(Slot::new(Slot::MAX.0 + 1), Err(SlotOutOfRange((1 << 20) - 2)));
+        assert_eq!(Spi::new(Slot::MAX, Epoch(63), Epoch(127)), Spi(0x7fff_efff));
+        assert_eq!(Spi(0x7fff_efff).over(Carrier::Udp), Spi(0xffff_efff));
+        assert_eq!(Spi(0xffff_efff).over(Carrier::Esp), Spi(0x7fff_efff));
+        assert_eq!(Slot::new(Slot::MAX.0 + 1), Err(SlotOutOfRange((1 << 19) - 2)));
     }
 
     #[test]
     fn foreign_spis_have_no_parts() {
-        for spi in [0, 1, 0xfff, 0xffff_f000, u32::MAX] {
+        for spi in [0, 1, 0xfff, 0x7fff_f000, 0x8000_0fff, 0xffff_f000, u32::MAX] {
             assert_eq!(Spi(spi).parts(), Err(ForeignSpi(Spi(spi))));
         }
     }

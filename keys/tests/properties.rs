@@ -7,8 +7,8 @@ use std::net::IpAddr;
 
 use ipnet::IpNet;
 use keys::{
-    Cipher, Encap, EncapMode, Encoded, Epoch, EpochSecret, Kid, Pair, PairError, Psk, PublicKey, Slot, Spi, Statement,
-    StatementError, common_kid, next_epoch,
+    Carrier, Cipher, Encap, EncapMode, Encoded, Epoch, EpochSecret, Kid, Pair, PairError, Psk, PublicKey, Slot, Spi,
+    SpiParts, Statement, StatementError, common_kid, next_epoch,
 };
 use proptest::array::uniform8;
 use proptest::collection::{btree_set, vec};
@@ -221,6 +221,10 @@ proptest! {
         prop_assert_eq!(parts.slot, slot);
         prop_assert_eq!(u64::from(parts.sender_mod64), sender % 64);
         prop_assert_eq!(u64::from(parts.receiver_mod64), receiver % 64);
+        prop_assert_eq!(parts.carrier, Carrier::Esp);
+        let in_udp = spi.over(Carrier::Udp);
+        prop_assert_eq!(in_udp.parts().unwrap(), SpiParts { carrier: Carrier::Udp, ..parts });
+        prop_assert_eq!(in_udp.over(Carrier::Esp), spi);
     }
 
     #[test]
@@ -228,9 +232,9 @@ proptest! {
         match Spi(number).parts() {
             Ok(parts) => {
                 let [sender, receiver] = [parts.sender_mod64, parts.receiver_mod64].map(|n| Epoch(n.into()));
-                prop_assert_eq!(Spi::new(parts.slot, sender, receiver), Spi(number));
+                prop_assert_eq!(Spi::new(parts.slot, sender, receiver).over(parts.carrier), Spi(number));
             }
-            Err(_) => prop_assert!(matches!(number >> 12, 0 | 0xf_ffff)),
+            Err(_) => prop_assert!(matches!(number << 1 >> 13, 0 | 0x7_ffff)),
         }
     }
 

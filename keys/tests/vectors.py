@@ -172,10 +172,12 @@ def case(name, psks, network, a, b, dh=None):
     for way, sender, receiver in [("ab", a, b), ("ba", b, a)]:
         number = spi(sender["slot"], sender["epoch"], receiver["epoch"])
         ends = sender["digest"], receiver["digest"]
-        yield f"{way}.spi 0x{number:08x}"
-        for cipher, (wire_id, length) in CIPHERS.items():
-            key = expand(pair_prk, length + 4, b"esp", bytes([wire_id]), *ends, struct.pack(">I", number))
-            yield f"{way}.{cipher} {key.hex()}"
+        # Over plain ESP, and over UDP.
+        for twin, number in [("", number), ("udp.", number + 2**31)]:
+            yield f"{way}.{twin}spi 0x{number:08x}"
+            for cipher, (wire_id, length) in CIPHERS.items():
+                key = expand(pair_prk, length + 4, b"esp", bytes([wire_id]), *ends, struct.pack(">I", number))
+                yield f"{way}.{twin}{cipher} {key.hex()}"
         probe_key = expand(pair_prk, 32, b"probe", *ends)
         yield f"{way}.probe_key {probe_key.hex()}"
         for i, message in enumerate([b"", b"ringmail probe", bytes(range(200))]):
@@ -214,7 +216,7 @@ def cases():
         "extremes", [b"correct horse battery staple, and more"], ["0.0.0.0/0", "::/0"],
         node("~" * 253, seed("e"), ["255.255.255.255/32"] + [f"2001:db8::{i}/128" for i in range(7)],
              [f"10.0.0.{i}" for i in range(8)], "chacha20poly1305", "esp", 0, 0, 0, [0]),
-        node("!", seed("f"), ["::/1"], ["::ffff:192.0.2.1"], "aes256gcm16", "udp", 1, 2**64 - 1, 2**20 - 3, [0] * 64))
+        node("!", seed("f"), ["::/1"], ["::ffff:192.0.2.1"], "aes256gcm16", "udp", 1, 2**64 - 1, 2**19 - 3, [0] * 64))
 
 
 HEAD = f"""\

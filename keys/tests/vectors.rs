@@ -2,7 +2,7 @@
 
 #![expect(clippy::unwrap_used, reason = "a test may")]
 
-use keys::{Cipher, Encoded, Kid, Pair, Psk, Spi, Statement, Tag, common_kid, network_name};
+use keys::{Carrier, Cipher, Encoded, Kid, Pair, Psk, Spi, Statement, Tag, common_kid, network_name};
 
 mod cases;
 
@@ -68,6 +68,13 @@ fn both_ends_derive_the_sa_keys_of_another_implementation_in_both_directions() {
                 assert_eq!(sent.as_bytes().len(), cipher.key_len() + Cipher::SALT_LEN);
                 let received = pair.inbound.key(cipher, back);
                 assert_eq!(received.as_bytes(), case.bytes(&format!("{peer}{own}.{cipher}")));
+                let [plain, in_udp] = self::pair(&psk, &own_side, &peer_side).outbound.into_keys(cipher, spi);
+                assert_eq!(plain.as_bytes(), sent.as_bytes());
+                assert_eq!((plain.spi(), in_udp.spi()), (spi, spi.over(Carrier::Udp)));
+                assert_eq!(in_udp.spi().to_string(), case.text(&format!("{own}{peer}.udp.spi")));
+                assert_eq!(in_udp.as_bytes(), case.bytes(&format!("{own}{peer}.udp.{cipher}")));
+                let received = pair.inbound.key(cipher, back.over(Carrier::Udp));
+                assert_eq!(received.as_bytes(), case.bytes(&format!("{peer}{own}.udp.{cipher}")));
             }
         }
     }

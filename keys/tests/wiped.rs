@@ -52,7 +52,7 @@ fn during_use_only_the_types_hold_secrets_and_no_passing_value_stays() {
             assert!(found.contains(name), "the search misses {name}, which is in use");
         }
         for cipher in Cipher::ALL {
-            for way in ["ab", "ba"] {
+            for way in ["ab", "ba", "ab.udp", "ba.udp"] {
                 assert!(
                     found.contains(&*format!("{way}.{cipher}")),
                     "the search misses a key that is in use"
@@ -120,6 +120,7 @@ impl Held {
             for cipher in Cipher::ALL {
                 let pair = derive();
                 sa_keys.push(pair.outbound.into_key(cipher, forth));
+                sa_keys.extend(derive().outbound.into_keys(cipher, forth));
                 sa_keys.push(pair.inbound.key(cipher, back));
             }
             let Pair {
@@ -309,7 +310,7 @@ static ALONE: Mutex<()> = Mutex::new(());
 
 const MASK: u64 = 0xaaaa_aaaa_aaaa_aaaa;
 
-const SECRETS: [&str; 16] = [
+const SECRETS: [&str; 22] = [
     "psk",
     "psk_prk",
     "auth_key",
@@ -324,6 +325,12 @@ const SECRETS: [&str; 16] = [
     "ba.aes128gcm16",
     "ba.aes256gcm16",
     "ba.chacha20poly1305",
+    "ab.udp.aes128gcm16",
+    "ab.udp.aes256gcm16",
+    "ab.udp.chacha20poly1305",
+    "ba.udp.aes128gcm16",
+    "ba.udp.aes256gcm16",
+    "ba.udp.chacha20poly1305",
     "ab.probe_key",
     "ba.probe_key",
 ];

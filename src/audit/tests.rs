@@ -68,7 +68,7 @@ fn peer(number: u8) -> Objects {
     let through = |generation| Through {
         src: path.local,
         dst: path.remote,
-        spi: ipsec::spi(slot(1), generation).0,
+        spi: ipsec::spi(slot(1), generation, keys::Carrier::Esp).0,
     };
     ipsec::peer(&PeerFacts {
         own_slot: slot(1),
@@ -83,7 +83,7 @@ fn peer(number: u8) -> Objects {
         ],
         inherited: vec![],
         data: Some(through(generation(100, 200))),
-        probe: Some(through(generation(101, 200))),
+        probes: vec![(keys::Carrier::Esp, through(generation(101, 200)))],
         path,
         mtu: None,
         directed: false,

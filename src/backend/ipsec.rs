@@ -8,7 +8,7 @@ use std::collections::BTreeSet;
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr};
 
 use ipnet::{IpNet, Ipv4Net, Ipv6Net};
-use keys::{Cipher, Slot, Spi};
+use keys::{Carrier, Cipher, Slot, Spi};
 use xfrm::{
     Action, Aead, Direction, Encap, Family, Limits, Policy, PolicyId, Sa, SaDirection, SaId, Selector, Template,
 };
@@ -179,6 +179,16 @@ pub struct Path {
     pub udp: Option<(u16, u16)>,
 }
 
+impl Path {
+    /// What its packets travel in.
+    pub fn carrier(&self) -> Carrier {
+        match self.udp {
+            None => Carrier::Esp,
+            Some(_) => Carrier::Udp,
+        }
+    }
+}
+
 /// One SA as it should be.
 #[derive(Clone, Copy, Debug, Eq, PartialEq)]
 pub struct Association {
@@ -222,8 +232,8 @@ pub struct PeerFacts {
     pub inherited: Vec<Sa>,
     /// Where data goes; `None` while the guard holds it.
     pub data: Option<Through>,
-    /// Where probes go.
-    pub probe: Option<Through>,
+    /// Where probes go, on each carrier.
+    pub probes: Vec<(Carrier, Through)>,
     /// The newest path, for the policies' templates.
     pub path: Path,
     /// The route's MTU where this peer's path takes less than the mesh MTU.
@@ -288,14 +298,19 @@ pub fn peer(facts: &PeerFacts) -> Objects {
         .bases()
         .iter()
         .find_map(|own| Some((own, facts.subnets.bases().of_family(own)?)));
-    if let (Some(through), Some((own, remote))) = (facts.probe, bases) {
+    for ((carrier, through), (own, remote)) in facts.probes.iter().zip(bases.iter().cycle()) {
         let template = Template {
             src: through.src,
             dst: through.dst,
             spi: through.spi,
             reqid,
         };
-        policy(&mut objects, probe_policy(own, remote), priority::PROBE, template);
+        policy(
+            &mut objects,
+            probe_policy(*own, *remote, *carrier),
+            priority::PROBE,
+            template,
+        );
     }
     for subnet in facts.subnets.iter() {
         if let Some(source) = facts.own.bases().of_family(subnet.addr()) {
@@ -315,15 +330,14 @@ pub fn data_policy(subnet: IpNet) -> PolicyId {
     between(Direction::Out, any(subnet), subnet)
 }
 
-/// The id of the policy that carries probes from our base address to a peer's.
-pub fn probe_policy(own: IpAddr, remote: IpAddr) -> PolicyId {
-    let port = Some(probe::PORT);
+/// The id of the policy for the probes that go from our base address to a peer's on `carrier`.
+pub fn probe_policy(own: IpAddr, remote: IpAddr, carrier: Carrier) -> PolicyId {
     let selector = Selector {
         src: own.into(),
         dst: remote.into(),
         protocol: UDP,
-        sport: port,
-        dport: port,
+        sport: Some(probe::source(carrier)),
+        dport: Some(probe::PORT),
         ifindex: 0,
     };
     PolicyId {
@@ -374,9 +388,9 @@ fn incoming(facts: &PeerFacts) -> (IpAddr, IpAddr) {
     }
 }
 
-/// The SPI of a generation sent by the node at `sender`.
-pub fn spi(sender: Slot, generation: Generation) -> Spi {
-    Spi::new(sender, generation.sender, generation.receiver)
+/// The SPI of a generation sent by the node at `sender` over `carrier`.
+pub fn spi(sender: Slot, generation: Generation, carrier: Carrier) -> Spi {
+    Spi::new(sender, generation.sender, generation.receiver).over(carrier)
 }
 
 fn sa(association: &Association, facts: &PeerFacts) -> Sa {
@@ -410,7 +424,7 @@ fn sa(association: &Association, facts: &PeerFacts) -> Sa {
     Sa {
         src,
         dst,
-        spi: spi(sender, generation).0,
+        spi: spi(sender, generation, path.carrier()).0,
         reqid: reqid(facts.slot),
         algorithm: Aead {
             name: cipher.kernel_name().into(),

@@ -256,7 +256,10 @@ fn detail(peer: &PeerReport) -> String {
         parts.push(format!("in {spi}"));
     }
     if let Some(encap) = &peer.encap {
-        parts.push(encap.clone());
+        parts.push(match &peer.detour {
+            Some(why) => format!("{encap} ({why})"),
+            None => encap.clone(),
+        });
     }
     if let Some(time) = peer.round_trip {
         parts.push(format!("{time:.1} ms"));

@@ -143,7 +143,7 @@ impl UnencryptedType {
 pub struct Ipsec {
     /// Where the pre-shared keys come from.
     pub psk: PskSource,
-    /// Plain ESP or ESP in UDP, and the UDP port, 1 to 65535. Never [`EncapMode::Auto`] in this version.
+    /// Plain ESP, ESP in UDP or what passes, and the UDP port, 1 to 65535.
     pub encap: keys::Encap,
     /// The cipher this node sends with.
     pub cipher: Cipher,
@@ -315,9 +315,6 @@ impl Raw {
         }
         let psk = self.source(around)?;
         let mode = self.mode.unwrap_or(EncapMode::Esp);
-        if mode == EncapMode::Auto {
-            return Err(Rule::EncapAuto);
-        }
         let least = if around.v6 { 1280 } else { 576 };
         let mtu = self.mtu.filter(|&mtu| mtu != 0);
         if let Some(mtu) = mtu.filter(|&mtu| mtu < least) {

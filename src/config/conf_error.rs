@@ -173,9 +173,6 @@ pub enum Rule {
     /// The PSK in the text is none.
     #[error("Backend.PSK: {0}")]
     Psk(#[source] keys::PskError),
-    /// The encapsulation that is not here yet.
-    #[error("Backend.UDPEncap \"auto\" is not in this version: write true (always in UDP) or false (plain ESP)")]
-    EncapAuto,
     /// An MTU that IP does not allow.
     #[error("Backend.MTU is {mtu}: at least {least} is needed; leave it out to have it computed")]
     Mtu {

@@ -5,6 +5,7 @@ use std::io::ErrorKind;
 use std::net::{IpAddr, SocketAddr};
 use std::time::Duration;
 
+use keys::Carrier;
 use tokio::net::UdpSocket;
 use tracing::{debug, error};
 
@@ -22,23 +23,28 @@ const BURST: usize = 256;
 /// Every UDP socket of the daemon.
 #[derive(Default)]
 pub(super) struct Sockets {
-    probes: Vec<(IpAddr, UdpSocket)>,
+    probes: Vec<(SocketAddr, UdpSocket)>,
     encaps: Vec<Encap>,
     error: Option<String>,
     reopen: Option<Duration>,
 }
 
 impl Sockets {
-    /// Opens what is missing of the probe sockets, one for each of `bases`, and closes what is not wanted.
+    /// Opens what is missing of the probe sockets, one a carrier for each of `bases`, and closes what is not wanted.
     pub(super) fn open_probes(&mut self, bases: Addresses, now: Duration) {
-        self.probes.retain(|(base, _)| bases.of_family(*base) == Some(*base));
-        let missing = |base: &IpAddr| !self.probes.iter().any(|(open, _)| open == base);
-        for base in bases.iter().filter(missing).collect::<Vec<_>>() {
-            match probe_socket(base) {
-                Ok(socket) => self.probes.push((base, socket)),
+        let sources = [Carrier::Esp, Carrier::Udp].map(probe::source);
+        let wanted: Vec<SocketAddr> = bases
+            .iter()
+            .flat_map(|base| sources.map(|port| SocketAddr::new(base, port)))
+            .collect();
+        self.probes.retain(|(local, _)| wanted.contains(local));
+        let missing = |local: &SocketAddr| !self.probes.iter().any(|(open, _)| open == local);
+        for local in wanted.into_iter().filter(missing).collect::<Vec<_>>() {
+            match probe_socket(local) {
+                Ok(socket) => self.probes.push((local, socket)),
                 // The base address comes with the first pass.
                 Err(error) => {
-                    debug!(%base, %error, "the probe socket can't be opened yet");
+                    debug!(%local, %error, "the probe socket can't be opened yet");
                     self.reopen = Some(now + REOPEN);
                 }
             }
@@ -114,10 +120,9 @@ impl Sockets {
 
     /// Sends a probe.
     pub(super) fn send(&self, datagram: &Datagram) {
-        let socket = self
-            .probes
-            .iter()
-            .find(|(base, _)| base.is_ipv4() == datagram.to.is_ipv4());
+        let socket = self.probes.iter().find(|(local, _)| {
+            local.is_ipv4() == datagram.to.is_ipv4() && local.port() == probe::source(datagram.carrier)
+        });
         if let Some((_, socket)) = socket
             && let Err(error) = socket.try_send_to(&datagram.bytes, SocketAddr::new(datagram.to, probe::PORT))
         {
@@ -126,8 +131,8 @@ impl Sockets {
     }
 }
 
-fn probe_socket(base: IpAddr) -> std::io::Result<UdpSocket> {
-    let socket = std::net::UdpSocket::bind((base, probe::PORT))?;
+fn probe_socket(local: SocketAddr) -> std::io::Result<UdpSocket> {
+    let socket = std::net::UdpSocket::bind(local)?;
     socket.set_nonblocking(true)?;
     UdpSocket::from_std(socket)
 }

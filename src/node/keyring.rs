@@ -1,33 +1,44 @@
 //! Keys on their way to the kernel: derived when first needed, a sending one handed out once.
 
-use keys::SaKey;
+use std::collections::BTreeMap;
+
+use keys::{Carrier, SaKey};
 use xfrm::Sa;
 
-use super::{Keys, Node, Unused, sender};
+use super::{Keys, Node, Sending, Way, sender};
 use crate::backend::ipsec;
 use crate::epochs::Generation;
 use crate::lease::NodeName;
 
 impl Node {
     /// The key of an SA of `name` that is about to be made. A sending SA's key is handed out once: `None` from then on,
-    /// unless [`Node::refused`] brings it back.
+    /// unless [`Node::refused`] brings it back. Where a generation has an SA a carrier, both keys are made with the first.
     pub fn key(&mut self, name: &NodeName, sa: &Sa, born: Generation) -> Option<SaKey> {
         let own_slot = self.held?.1;
         let outgoing = sender(&sa.id()) == Some(own_slot);
         let sending = if outgoing { born } else { born.reverse() };
         self.derive(name, sending)?;
         let own_cipher = self.own.get(&sending.sender)?.statement.cipher;
+        let carrier = keys::Spi(sa.spi).parts().ok()?.carrier;
+        let open = self.open(self.peers.get(name)?, sending);
         let peer = self.peers.get_mut(name)?;
         let theirs = &peer.epochs.get(&sending.receiver)?.statement;
         let keys = peer.keys.get_mut(&sending)?;
         if !outgoing {
-            return Some(keys.inbound.key(theirs.cipher, ipsec::spi(peer.slot, born)));
+            return Some(keys.inbound.key(theirs.cipher, ipsec::spi(peer.slot, born, carrier)));
         }
-        let key = match std::mem::replace(&mut keys.outbound, Unused::Spent) {
-            Unused::Fresh(outbound) => outbound.into_key(own_cipher, ipsec::spi(own_slot, born)),
-            Unused::Back(key) => key,
-            Unused::Spent => return None,
+        let spi = ipsec::spi(own_slot, born, carrier);
+        let mut unused = match std::mem::replace(&mut keys.outbound, Sending::Made(BTreeMap::new())) {
+            Sending::Fresh(outbound) if open.len() > 1 => {
+                let [plain, in_udp] = outbound.into_keys(own_cipher, spi);
+                BTreeMap::from([(Carrier::Esp, plain), (Carrier::Udp, in_udp)])
+            }
+            Sending::Fresh(outbound) => BTreeMap::from([(carrier, outbound.into_key(own_cipher, spi))]),
+            Sending::Made(unused) => unused,
         };
+        let key = unused.remove(&carrier);
+        keys.outbound = Sending::Made(unused);
+        let key = key?;
         self.spent.entry(sending.sender).or_default().insert(theirs.public);
         peer.pair.programmed(sending);
         Some(key)
@@ -35,14 +46,20 @@ impl Node {
 
     /// The kernel refused the SA that `key` was for, so it was never used: a sending one may be tried again.
     pub fn refused(&mut self, name: &NodeName, born: Generation, key: SaKey) {
-        if key.spi().parts().ok().map(|parts| parts.slot) != self.slot() {
+        let Ok(parts) = key.spi().parts() else { return };
+        if Some(parts.slot) != self.slot() {
             return;
         }
         if let Some(peer) = self.peers.get_mut(name) {
-            if let Some(keys) = peer.keys.get_mut(&born) {
-                keys.outbound = Unused::Back(key);
+            if let Some(keys) = peer.keys.get_mut(&born)
+                && let Sending::Made(unused) = &mut keys.outbound
+            {
+                unused.insert(parts.carrier, key);
             }
-            peer.pair.refused(born);
+            // Where the kernel has its twin, the generation is half made.
+            if !peer.made.contains_key(&(born, Way::Out)) {
+                peer.pair.refused(born);
+            }
         }
     }
 
@@ -73,9 +90,9 @@ impl Node {
                     .get(&sending.sender)
                     .is_some_and(|all| all.contains(&theirs.statement.public));
                 let outbound = if spent {
-                    Unused::Spent
+                    Sending::Made(BTreeMap::new())
                 } else {
-                    Unused::Fresh(Box::new(outbound))
+                    Sending::Fresh(Box::new(outbound))
                 };
                 peer.keys.insert(
                     sending,

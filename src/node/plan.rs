@@ -2,42 +2,62 @@
 
 use std::net::IpAddr;
 
-use keys::{Encap, EncapMode, Statement};
+use keys::{Carrier, EncapMode, Statement};
 use xfrm::{Direction, Sa};
 
 use super::{Node, OwnEpoch, Peer};
 use crate::backend::ipsec::{self, Association, NodeFacts, Path, PeerFacts, Through};
+use crate::carrier;
 use crate::epochs::{Data, Generation};
 use crate::kernel::mtu::inner_mtu;
 use crate::kernel::{Objects, Scope};
 use crate::lease::{Addresses, NodeName};
 
 impl Node {
-    /// The mesh MTU: the largest inner packet whose ESP fits the uplink, bytes.
+    /// The mesh MTU: the largest inner packet whose ESP fits the uplink, bytes. Where UDP is open it counts, also while
+    /// data is on plain ESP: a pod keeps the MTU that it began with, and the carrier changes under it.
     pub fn mtu(&self) -> Option<u32> {
         let uplink = self.uplink.as_ref()?;
         let computed = inner_mtu(
             uplink.mtu,
             self.settings.cipher,
             uplink.public.v4.is_none(),
-            self.udp(None),
+            self.settings.encap.mode != EncapMode::Esp,
         );
         self.settings.mtu.or(computed)
     }
 
-    /// Whether ESP travels in UDP: where either end wants it.
-    pub(super) fn udp(&self, peer: Option<&Statement>) -> bool {
-        let wants = |encap: &Encap| encap.mode == EncapMode::Udp;
-        wants(&self.settings.encap) || peer.is_some_and(|peer| wants(&peer.encap))
+    /// The carriers that are open to a sending generation and its reverse; none where a statement is gone.
+    pub(super) fn open(&self, peer: &Peer, sending: Generation) -> &'static [Carrier] {
+        let ours = self.own.get(&sending.sender).map(|own| own.statement.encap.mode);
+        let theirs = peer
+            .epochs
+            .get(&sending.receiver)
+            .map(|epoch| epoch.statement.encap.mode);
+        match (ours, theirs) {
+            (Some(ours), Some(theirs)) => carrier::open(ours, theirs),
+            _ => &[],
+        }
+    }
+
+    /// What our data to a peer goes on, where this process made it and its carrier is known to pass.
+    pub(super) fn data(&self, peer: &Peer) -> Option<(Generation, Carrier)> {
+        let Data::On(generation) = peer.pair.data() else {
+            return None;
+        };
+        match self.open(peer, generation) {
+            [only] => Some((generation, *only)),
+            _ => Some((generation, peer.choice.chosen()?)),
+        }
     }
 
     /// Whether any pair needs the UDP encapsulation socket, and the local addresses and port it is for.
     pub fn encapsulates(&self) -> Option<(Addresses, u16)> {
-        let any = self.udp(None)
-            || self
-                .peers
-                .values()
-                .any(|peer| peer.epochs.values().any(|epoch| self.udp(Some(&epoch.statement))));
+        let any = self.settings.encap.mode != EncapMode::Esp
+            || self.peers.values().any(|peer| {
+                let mut statements = peer.epochs.values().map(|epoch| epoch.statement.encap.mode);
+                statements.any(|theirs| theirs == EncapMode::Udp)
+            });
         let local = self.uplink.as_ref()?.local;
         any.then_some((local, self.settings.encap.port))
     }
@@ -66,28 +86,35 @@ impl Node {
         let peer = self.peers.get(name)?;
         let (own, own_slot) = self.held?;
         let newest = peer.pair.newest()?;
-        let path = self.path(peer, newest)?;
+        let open = self.open(peer, newest);
+        // UDP where it is open: it takes more room.
+        let path = self.path(peer, newest, *open.last()?)?;
+        let sending = peer.pair.sending().into_iter().map(|sent| (sent, Direction::Out));
+        let receiving = peer.pair.receiving().map(|sent| (sent.reverse(), Direction::In));
         let mut associations = Vec::new();
-        for generation in peer.pair.sending() {
-            associations.extend(self.association(peer, generation, Direction::Out));
-        }
-        for generation in peer.pair.receiving() {
-            associations.extend(self.association(peer, generation.reverse(), Direction::In));
+        for (generation, direction) in sending.chain(receiving) {
+            for carrier in self.open(peer, generation) {
+                associations.extend(self.association(peer, generation, direction, *carrier));
+            }
         }
         let inherited: Vec<Sa> = (peer.pair.inherited().inbound.iter().chain(&peer.pair.inherited().data))
             .filter_map(|id| peer.leftovers.get(id).cloned())
             .collect();
-        let through = |generation: Generation| {
-            let path = self.path(peer, generation)?;
+        let through = |generation: Generation, carrier: Carrier| {
+            let path = self.path(peer, generation, carrier)?;
             Some(Through {
                 src: path.local,
                 dst: path.remote,
-                spi: ipsec::spi(own_slot, generation).0,
+                spi: ipsec::spi(own_slot, generation, carrier).0,
             })
         };
+        let probe = peer.pair.probe();
+        let probed = probe.map(|generation| self.open(peer, generation)).unwrap_or_default();
         let data = match peer.pair.data() {
             Data::Held => None,
-            Data::On(generation) => through(generation),
+            Data::On(_) => self
+                .data(peer)
+                .and_then(|(generation, carrier)| through(generation, carrier)),
             Data::Inherited(id) => peer.leftovers.get(&id).map(|sa| Through {
                 src: sa.src,
                 dst: sa.dst,
@@ -106,26 +133,34 @@ impl Node {
             associations,
             inherited,
             data,
-            probe: peer.pair.probe().and_then(through),
+            probes: probed
+                .iter()
+                .filter_map(|carrier| Some((*carrier, through(probe?, *carrier)?)))
+                .collect(),
             path,
             mtu: fits.filter(|fits| *fits < mesh),
             directed: self.settings.directed,
         })
     }
 
-    /// The outer path of our sending `generation`: IPv4 where both have it.
-    pub(super) fn path(&self, peer: &Peer, generation: Generation) -> Option<Path> {
+    /// The outer path of our sending `generation` over `carrier`: IPv4 where both have it.
+    pub(super) fn path(&self, peer: &Peer, generation: Generation, carrier: Carrier) -> Option<Path> {
         let own = self.own.get(&generation.sender)?;
         let theirs = &peer.epochs.get(&generation.receiver)?.statement;
         let (local, remote) = outer(own.local, theirs)?;
-        let udp = (own.statement.encap.mode == EncapMode::Udp || theirs.encap.mode == EncapMode::Udp)
-            .then_some((own.statement.encap.port, theirs.encap.port));
+        let udp = (carrier == Carrier::Udp).then_some((own.statement.encap.port, theirs.encap.port));
         Some(Path { local, remote, udp })
     }
 
-    /// The SA of our sending `generation` or of its reverse; `None` where no key can be made for it.
-    pub(super) fn association(&self, peer: &Peer, sending: Generation, direction: Direction) -> Option<Association> {
-        let path = self.path(peer, sending)?;
+    /// The SA of our sending `generation` or of its reverse over `carrier`; `None` where no key can be made for it.
+    pub(super) fn association(
+        &self,
+        peer: &Peer,
+        sending: Generation,
+        direction: Direction,
+        carrier: Carrier,
+    ) -> Option<Association> {
+        let path = self.path(peer, sending, carrier)?;
         let OwnEpoch {
             statement: own, soft, ..
         } = self.own.get(&sending.sender)?;

@@ -4,38 +4,45 @@ use std::collections::BTreeSet;
 use std::net::IpAddr;
 use std::time::Duration;
 
-use keys::Epoch;
+use keys::{Carrier, Epoch};
 
-use super::{Datagram, Node, Peer};
-use crate::epochs::{Data, Generation};
+use super::{Datagram, Node, Peer, Way};
+use crate::carrier;
+use crate::epochs::Generation;
 use crate::kernel::Scope;
 use crate::lease::NodeName;
-use crate::probe::{Probe, Schedule};
+use crate::probe::{Probe, SETTLED, Schedule};
 
 /// How often own epochs are looked through for what can be wiped.
 const TIDY: Duration = Duration::from_secs(5);
 
 impl Node {
-    /// A datagram came from `from` to the probe port. Returns the answer, where one is due.
-    pub fn probed(&mut self, from: IpAddr, bytes: &[u8], now: Duration) -> Option<Datagram> {
-        let name = self.bases.get(&from)?.clone();
-        let probe = Probe::parse(bytes)?;
-        self.derive(&name, probe.sent.reverse())?;
-        let peer = self.peers.get_mut(&name)?;
-        let keys = peer.keys.get(&probe.sent.reverse())?;
-        if !Probe::genuine(bytes, &keys.probe) {
-            return None;
-        }
+    /// A datagram came from `from` to the probe port. Returns the answers, where one is due: on every carrier that is
+    /// open, so that a question's carrier is judged by the way there alone.
+    pub fn probed(&mut self, from: IpAddr, bytes: &[u8], now: Duration) -> Vec<Datagram> {
+        let Some((name, probe)) = self.read(from, bytes) else {
+            return Vec::new();
+        };
+        let Some(peer) = self.peers.get_mut(&name) else {
+            return Vec::new();
+        };
         let before = (peer.pair.data(), peer.pair.said(), peer.pair.probe());
         peer.pair.probed(probe.sent, probe.data, now);
+        let asked = peer.asked.iter().find(|(_, (ticket, ..))| *ticket == probe.ticket);
+        let mut change = None;
         if !probe.ask
-            && let Some((ticket, said, at)) = peer.asked
-            && ticket == probe.ticket
+            && let Some((&carrier, &(ticket, said, at))) = asked
         {
-            peer.asked = None;
-            peer.round_trip = Some(now.saturating_sub(at));
+            peer.asked.remove(&carrier);
+            let round_trip = now.saturating_sub(at);
+            peer.round_trip = Some(round_trip);
             peer.pair.peer_knows(said);
+            change = peer.choice.answered(ticket, round_trip, now);
         }
+        self.diverted(&name, change, now);
+        let Some(peer) = self.peers.get(&name) else {
+            return Vec::new();
+        };
         if (peer.pair.data(), peer.pair.said(), peer.pair.probe()) != before {
             self.dirty.insert(Scope::Peer(name.clone()));
             // The peer learns at once where our data goes now, and the old can go.
@@ -43,25 +50,64 @@ impl Node {
         } else {
             self.retimed(&name, |_| {});
         }
-        if probe.ask {
-            self.datagram(&name, false, probe.ticket, now)
-        } else {
-            None
+        if !probe.ask {
+            return Vec::new();
         }
+        let open = self
+            .peers
+            .get(&name)
+            .and_then(|peer| Some(self.open(peer, peer.pair.probe()?)));
+        let answer = |carrier: &Carrier| self.datagram(&name, false, *carrier, probe.ticket, now);
+        open.unwrap_or_default().iter().filter_map(answer).collect()
     }
 
-    fn datagram(&mut self, name: &NodeName, ask: bool, ticket: u64, now: Duration) -> Option<Datagram> {
+    /// Who sent a datagram and what it says, if it is genuine.
+    fn read(&mut self, from: IpAddr, bytes: &[u8]) -> Option<(NodeName, Probe)> {
+        let name = self.bases.get(&from)?.clone();
+        let probe = Probe::parse(bytes)?;
+        let sent = probe.sent.reverse();
+        self.derive(&name, sent)?;
+        let keys = self.peers.get(&name)?.keys.get(&sent)?;
+        Probe::genuine(bytes, &keys.probe).then_some((name, probe))
+    }
+
+    /// Data to a peer takes another carrier.
+    fn diverted(&mut self, name: &NodeName, change: Option<carrier::Change>, now: Duration) {
+        let Some(carrier::Change { from, to, reason }) = change else {
+            return;
+        };
+        let open = self
+            .peers
+            .get(name)
+            .and_then(|peer| Some(self.open(peer, peer.pair.newest()?)));
+        if open.is_none_or(|open| open.len() < 2) {
+            return;
+        }
+        match from {
+            Some(from) => tracing::warn!(peer = %name, %from, %to, %reason, "data takes another carrier"),
+            None => tracing::info!(peer = %name, carrier = %to, %reason, "data has a carrier"),
+        }
+        self.dirty.insert(Scope::Peer(name.clone()));
+        self.retimed(name, |peer| peer.schedule = Schedule::at_once(now));
+    }
+
+    fn datagram(
+        &mut self,
+        name: &NodeName,
+        ask: bool,
+        carrier: Carrier,
+        ticket: u64,
+        now: Duration,
+    ) -> Option<Datagram> {
         let own = self.held?.0.bases();
         let sent = self.peers.get(name)?.pair.probe()?;
         self.derive(name, sent)?;
+        let data = self.data(self.peers.get(name)?).map(|(generation, _)| generation);
         let peer = self.peers.get_mut(name)?;
         let to = own.iter().find_map(|own| peer.subnets.bases().of_family(own))?;
-        let data = match peer.pair.data() {
-            Data::On(generation) => Some(generation),
-            Data::Held | Data::Inherited(_) => None,
-        };
         if ask {
-            peer.asked = Some((ticket, data, now));
+            peer.asked.insert(carrier, (ticket, data, now));
+            peer.choice.asked(carrier, ticket, now);
         }
         let probe = Probe {
             ask,
@@ -74,6 +120,7 @@ impl Node {
             bytes: probe.seal(&peer.keys.get(&sent)?.probe),
             sent,
             data,
+            carrier,
             subnets: peer.subnets,
         })
     }
@@ -102,12 +149,8 @@ impl Node {
             if peer.pair.tick(now) {
                 self.dirty.insert(Scope::Peer(name.clone()));
             }
-            if peer.schedule.due() <= now {
-                let settled = peer.pair.settled();
-                peer.schedule.sent(now, settled, jitter());
-                self.ticket += 1;
-                datagrams.extend(self.datagram(&name, true, self.ticket, now));
-            }
+            self.diverge(&name, now);
+            self.ask(&name, now, jitter, &mut datagrams);
             self.forget_keys(&name);
             self.retimed(&name, |_| {});
         }
@@ -117,6 +160,52 @@ impl Node {
             self.forget_epochs();
         }
         datagrams
+    }
+
+    /// Looks whether the carrier of a peer's data is to change, or in doubt.
+    fn diverge(&mut self, name: &NodeName, now: Duration) {
+        let Some(peer) = self.peers.get_mut(name) else { return };
+        let change = peer.choice.look(now);
+        if peer.choice.doubtful(now) && self.choosing(name) {
+            self.retimed(name, |peer| peer.schedule.wake(now));
+        }
+        self.diverted(name, change, now);
+    }
+
+    /// Whether both carriers are open to a peer.
+    fn choosing(&self, name: &NodeName) -> bool {
+        let open = self
+            .peers
+            .get(name)
+            .and_then(|peer| Some(self.open(peer, peer.pair.newest()?)));
+        open.is_some_and(|open| open.len() > 1)
+    }
+
+    /// Asks a peer, if that is due.
+    fn ask(&mut self, name: &NodeName, now: Duration, jitter: &mut dyn FnMut() -> f64, out: &mut Vec<Datagram>) {
+        let Some(peer) = self.peers.get(name) else { return };
+        if peer.schedule.due() > now {
+            return;
+        }
+        let open = peer
+            .pair
+            .newest()
+            .map(|newest| self.open(peer, newest))
+            .unwrap_or_default();
+        let (carriers, rest) = match open {
+            [_, _] => {
+                let sure = peer.pair.settled() && !peer.choice.doubtful(now);
+                (peer.choice.asks(now), sure.then(|| carrier::rest(self.peers.len())))
+            }
+            _ => (open, peer.pair.settled().then_some(SETTLED)),
+        };
+        for carrier in carriers {
+            self.ticket += 1;
+            out.extend(self.datagram(name, true, *carrier, self.ticket, now));
+        }
+        if let Some(peer) = self.peers.get_mut(name) {
+            peer.schedule.sent(now, rest, jitter());
+        }
     }
 
     /// Wipes a peer's keys and statements that no live generation needs.
@@ -130,6 +219,12 @@ impl Node {
             .collect();
         let alive = |g: &Generation| pair.needs(g.sender) && pair.holds(g.receiver);
         peer.keys.retain(|g, _| used.contains(g) || alive(g));
+        peer.made.retain(|(g, way), _| {
+            used.contains(&match way {
+                Way::In => g.reverse(),
+                Way::Out => *g,
+            })
+        });
         epochs.retain(|epoch, _| pair.holds(*epoch) || used.iter().any(|g| g.receiver == *epoch));
     }
 
@@ -150,7 +245,8 @@ impl Node {
         let Some(peer) = self.peers.get_mut(name) else { return };
         change(peer);
         let probe = peer.schedule.due();
-        let due = peer.pair.deadline().map_or(probe, |deadline| deadline.min(probe));
+        let deadlines = peer.pair.deadline().into_iter().chain(peer.choice.deadline());
+        let due = deadlines.fold(probe, Duration::min);
         if let Some(queued) = peer.queued.replace(due) {
             self.due.remove(&(queued, name.clone()));
         }

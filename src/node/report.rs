@@ -3,6 +3,7 @@
 use std::collections::BTreeMap;
 use std::time::Duration;
 
+use keys::Carrier;
 use serde::{Deserialize, Serialize};
 use xfrm::SaId;
 
@@ -99,6 +100,9 @@ pub struct PeerReport {
     pub spi_in: Option<String>,
     /// `esp` or `udp`.
     pub encap: Option<String>,
+    /// Why data goes in UDP, where plain ESP is open too.
+    #[serde(default)]
+    pub detour: Option<String>,
     /// Seconds since a probe last came from it.
     pub heard: Option<f64>,
     /// The last probe's round trip, milliseconds.
@@ -188,6 +192,7 @@ impl Node {
             spi_out: None,
             spi_in: None,
             encap: None,
+            detour: None,
             heard: None,
             round_trip: None,
             bytes_out: 0,
@@ -222,10 +227,13 @@ impl Node {
 
     fn serving(&self, peer: &Peer, report: &mut PeerReport, now: Duration) {
         let newest = peer.pair.newest();
-        let path = newest.and_then(|newest| self.path(peer, newest));
-        let spi = |slot, generation| Some(ipsec::spi(slot, generation).to_string());
+        let data = self.data(peer);
+        let on = data.or_else(|| newest.and_then(|newest| Some((newest, *self.open(peer, newest).first()?))));
+        let path = on.and_then(|(generation, carrier)| self.path(peer, generation, carrier));
+        let spi = |slot, generation, carrier| Some(ipsec::spi(slot, generation, carrier).to_string());
         let own_slot = self.held.map(|(_, slot)| slot);
         (report.state, report.reason) = match peer.pair.data() {
+            Data::On(_) if data.is_none() => (State::Waiting, Some(self.why_waiting(peer, newest))),
             Data::On(generation) if Some(generation) == newest => (State::Up, None),
             Data::On(_) => (State::Moving, None),
             Data::Inherited(_) => (
@@ -234,9 +242,15 @@ impl Node {
             ),
             Data::Held => (State::Waiting, Some(self.why_waiting(peer, newest))),
         };
-        if let Data::On(generation) = peer.pair.data() {
+        if let Some((generation, carrier)) = data {
             report.generation = Some(generation.to_string());
-            report.spi_out = own_slot.and_then(|slot| spi(slot, generation));
+            report.spi_out = own_slot.and_then(|slot| spi(slot, generation, carrier));
+            if self.open(peer, generation).len() > 1 {
+                report.detour = peer.choice.plain_silent(now).map(|silent| match silent.as_secs() {
+                    0 => "plain ESP is answered again, and has to go on so for a while".to_owned(),
+                    silent => format!("plain ESP has not been answered for {silent} s"),
+                });
+            }
         }
         if let Data::Inherited(id) = peer.pair.data() {
             report.spi_out = Some(keys::Spi(id.spi).to_string());
@@ -244,7 +258,11 @@ impl Node {
         report.newest = newest
             .filter(|_| report.state != State::Up)
             .map(|newest| newest.to_string());
-        report.spi_in = peer.pair.said().and_then(|said| spi(peer.slot, said));
+        // On which of two carriers the peer sends it does not say.
+        report.spi_in = peer.pair.said().and_then(|said| match self.open(peer, said.reverse()) {
+            [only] => spi(peer.slot, said, *only),
+            _ => None,
+        });
         report.encap = path.map(|path| if path.udp.is_some() { "udp" } else { "esp" }.into());
         if let Some(path) = path {
             report.address = path.remote.to_string();
@@ -260,7 +278,8 @@ impl Node {
         let Some(newest) = newest else {
             return "this node has no epoch yet".into();
         };
-        if self.path(peer, newest).is_none() {
+        let carrier = self.open(peer, newest).first().copied().unwrap_or(Carrier::Esp);
+        if self.path(peer, newest, carrier).is_none() {
             let theirs = peer
                 .epochs
                 .get(&newest.receiver)
@@ -278,7 +297,7 @@ impl Node {
                 .unwrap_or_default();
             return Refusal::NoCommonFamily { theirs, ours }.to_string();
         }
-        if self.association(peer, newest, xfrm::Direction::Out).is_none() {
+        if self.association(peer, newest, xfrm::Direction::Out, carrier).is_none() {
             return "no common PSK with its newest epoch: give both nodes the same key".into();
         }
         "no probe came back yet: is its daemon running, does it see this node's lease, does ESP (or UDP) pass?".into()

@@ -156,8 +156,11 @@ impl Mesh {
         let Pair { outbound, inbound, .. } = self.derive(&peer.life, own)?;
         let forth = generation(&peer.life, own);
         Ok([
-            outbound.into_key(Cipher::Aes128Gcm16, ipsec::spi(peer.slot, forth)),
-            inbound.key(Cipher::Aes128Gcm16, ipsec::spi(own.slot, forth.reverse())),
+            outbound.into_key(Cipher::Aes128Gcm16, ipsec::spi(peer.slot, forth, keys::Carrier::Esp)),
+            inbound.key(
+                Cipher::Aes128Gcm16,
+                ipsec::spi(own.slot, forth.reverse(), keys::Carrier::Esp),
+            ),
         ])
     }
 }

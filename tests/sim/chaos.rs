@@ -2,6 +2,7 @@
 
 use std::time::Duration;
 
+use keys::{Carrier, EncapMode};
 use ringmail::kernel::{Event, Kind, Object};
 use ringmail::node::Cause;
 
@@ -39,6 +40,8 @@ pub(crate) struct Chaos {
     psk: u8,
     /// The last octet of the next new public address.
     address: u8,
+    /// Where it tells what the wire drops, apart from all else.
+    weather: Option<Dice>,
     /// How often each kind of event came.
     pub(crate) count: std::collections::BTreeMap<&'static str, usize>,
 }
@@ -56,12 +59,41 @@ impl Chaos {
             dice,
             psk: 1,
             address: 100,
+            weather: None,
             count: Default::default(),
+        }
+    }
+
+    /// A mesh of nodes that leave the carrier open, on a wire that drops now one and now the other.
+    pub(crate) fn open(seed: u64, nodes: u32) -> Self {
+        let mut chaos = Self::new(seed, nodes);
+        chaos.weather = Some(Dice::new(seed + 1));
+        for member in &mut chaos.mesh.members {
+            member.settings.encap.mode = EncapMode::Auto;
+        }
+        chaos
+    }
+
+    /// What the wire drops changes.
+    fn blow(&mut self) {
+        let Some(weather) = &mut self.weather else { return };
+        if weather.one_in(20) {
+            let nodes = self.mesh.members.len();
+            let carrier = [Carrier::Esp, Carrier::Esp, Carrier::Udp][weather.below(3)];
+            let from = weather.below(nodes);
+            let way = (from, (from + 1 + weather.below(nodes - 1)) % nodes, carrier);
+            if !self.mesh.blocked.remove(&way) {
+                self.mesh.blocked.insert(way);
+            }
+            let what = format!("dropped on the wire: {:?}", self.mesh.blocked);
+            self.mesh.tell(what);
+            *self.count.entry("weather").or_default() += 1;
         }
     }
 
     /// One thing happens.
     pub(crate) fn step(&mut self) {
+        self.blow();
         let what = std::iter::repeat_with(|| self.attempt()).find(|what| *what != "nothing");
         *self.count.entry(what.expect("something does")).or_default() += 1;
     }
