@@ -13,7 +13,7 @@ use std::sync::Arc;
 use base64::Engine as _;
 use base64::engine::general_purpose::STANDARD as BASE64;
 use ipnet::IpNet;
-use keys::{Encoded, Kid, Psk, PublicKey, Slot, Statement, Tag};
+use keys::{EncapMode, Encoded, Kid, Psk, PublicKey, Slot, Statement, Tag};
 use serde::{Deserialize, Serialize};
 
 use crate::lease::{Lease, Network, NoSlot, NodeName};
@@ -214,7 +214,7 @@ fn spaced<T: fmt::Display>(items: &[T]) -> String {
 pub enum Claim {
     /// A slot, and so its subnets.
     Subnet(Slot, IpNet),
-    /// A public address.
+    /// A public address. Nodes that can take UDP may share one.
     Address(IpAddr),
     /// An X25519 public key.
     Key(PublicKey),
@@ -234,6 +234,8 @@ impl fmt::Display for Claim {
 #[derive(Debug, Default)]
 pub struct Claims {
     by_node: BTreeMap<NodeName, BTreeSet<Claim>>,
+    /// Nodes that take plain ESP alone, and so need an address of their own. Behind one NAT, UDP tells nodes apart.
+    plain: BTreeSet<NodeName>,
     by_claim: BTreeMap<Claim, BTreeSet<NodeName>>,
 }
 
@@ -246,8 +248,16 @@ impl Claims {
             claims.extend(statement.addresses.iter().map(|address| Claim::Address(*address)));
             claims.insert(Claim::Key(statement.public));
         }
+        let plain = statement.is_some_and(|(statement, _)| statement.encap.mode == EncapMode::Esp);
+        let changed = match plain {
+            true => self.plain.insert(node.clone()),
+            false => self.plain.remove(node),
+        };
         let before = self.by_node.remove(node).unwrap_or_default();
         let mut touched = BTreeSet::new();
+        for claim in claims.iter().filter(|_| changed) {
+            touched.extend(self.by_claim.get(claim).into_iter().flatten().cloned());
+        }
         for gone in before.difference(&claims) {
             if let Some(nodes) = self.by_claim.get_mut(gone) {
                 nodes.remove(node);
@@ -275,7 +285,11 @@ impl Claims {
         let claims = self.by_node.get(node)?;
         let shared = claims.iter().find_map(|claim| {
             let nodes = self.by_claim.get(claim)?;
-            (nodes.len() > 1).then_some((*claim, nodes))
+            let alone = match claim {
+                Claim::Address(_) => nodes.iter().any(|node| self.plain.contains(node)),
+                Claim::Subnet(..) | Claim::Key(_) => true,
+            };
+            (nodes.len() > 1 && alone).then_some((*claim, nodes))
         });
         let (claim, nodes) = shared?;
         let others = nodes.iter().filter(|other| *other != node).cloned().collect();

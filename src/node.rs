@@ -26,12 +26,14 @@ use crate::probe::{self, Schedule};
 use crate::uplink::Uplink;
 
 mod keyring;
+mod nat;
 pub mod pace;
 mod plan;
 mod probes;
 mod psks;
 pub mod report;
 
+use nat::{Learned, Mapping};
 pub use pace::Cause;
 use pace::Pace;
 pub use psks::PskReport;
@@ -125,6 +127,7 @@ struct Peer {
     made: BTreeMap<(Generation, Way), BTreeSet<Carrier>>,
     /// What our data takes where both carriers are open.
     choice: Choice,
+    mapping: Mapping,
     schedule: Schedule,
     /// Under which time it stands among what is due.
     queued: Option<Duration>,
@@ -313,6 +316,7 @@ impl Node {
         for other in touched {
             self.reconsider(&other, now);
         }
+        self.give_way(name);
     }
 
     /// Serves a node or stops serving it, by what is known of it.
@@ -354,6 +358,8 @@ impl Node {
             let left = self.leftovers.remove(&admitted.slot).unwrap_or_default();
             let own_slot = self.slot();
             let used = left.data.and_then(|id| left.sas.get(&id));
+            let learned = used.and_then(|sa| Learned::inherited(sa, &admitted.statement));
+            let mapping = Mapping::new(learned, &fit);
             let presumed = used.map(|sa| if sa.encap.is_some() { Carrier::Udp } else { Carrier::Esp });
             let inbound = left.sas.keys().filter(|id| sender(id) != own_slot).copied().collect();
             let inherited = Inherited {
@@ -373,6 +379,7 @@ impl Node {
                 leftovers: left.sas,
                 made: BTreeMap::new(),
                 choice: Choice::new(presumed),
+                mapping,
                 schedule: Schedule::at_once(now),
                 queued: None,
                 asked: BTreeMap::new(),
@@ -534,6 +541,7 @@ impl Node {
         for name in names {
             if let Some(peer) = self.peers.get_mut(&name) {
                 peer.pair.own_epoch(number);
+                peer.mapping.begin(number);
             }
             self.retimed(&name, |peer| peer.schedule = Schedule::at_once(now));
             self.dirty.insert(Scope::Peer(name));

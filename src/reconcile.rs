@@ -52,6 +52,8 @@ pub struct Reconciler<D> {
     owner: BTreeMap<Key, Scope>,
     owned: BTreeMap<Scope, BTreeSet<Key>>,
     failing: BTreeMap<Scope, Failing>,
+    /// Peers whose SA would be another's, of this pass.
+    alike: BTreeMap<Scope, String>,
     complete: bool,
     stale: bool,
     writes: u64,
@@ -68,6 +70,7 @@ impl<D: Datapath> Reconciler<D> {
             owner: BTreeMap::new(),
             owned: BTreeMap::new(),
             failing: BTreeMap::new(),
+            alike: BTreeMap::new(),
             complete: false,
             stale: false,
             writes: 0,
@@ -189,7 +192,11 @@ impl<D: Datapath> Reconciler<D> {
                     );
                 }
             }
-            Event::Moved { id, source } => debug!(spi = %Spi(id.spi), %source, "a peer's packets come from elsewhere"),
+            Event::Moved { id, source } => {
+                if let Some(Scope::Peer(name)) = self.owner.get(&Key::Sa(id)) {
+                    self.node.moved(name, source);
+                }
+            }
             Event::Overrun => self.stale = true,
         }
     }
@@ -343,6 +350,7 @@ impl<D: Datapath> Reconciler<D> {
                 }
             })
             .chain(self.node.epochs().map(Epoch::mod64))
+            .chain(self.node.avoided())
             .collect()
     }
 
@@ -393,7 +401,25 @@ impl<D: Datapath> Reconciler<D> {
                 .map(|key| Op::Break(key.clone()))
                 .collect();
         }
-        let desired = self.still_possible(scope);
+        let mut desired = self.still_possible(scope);
+        let taken: Vec<(Key, Scope)> = (desired.keys().filter(|key| matches!(key, Key::Sa(_))))
+            .filter_map(|key| {
+                Some((
+                    key.clone(),
+                    self.owner.get(key).filter(|other| *other != scope)?.clone(),
+                ))
+            })
+            .collect();
+        for (key, other) in taken {
+            if self.node.desired(&other).contains_key(&key) {
+                let why = format!(
+                    "{key} is in use for {other}, which is at the same address and has an epoch of the same number modulo \
+                     64: `ringmail rotate` on one of them"
+                );
+                self.alike.insert(scope.clone(), why);
+                desired.remove(&key);
+            }
+        }
         let mut owned = self.owned.remove(scope).unwrap_or_default();
         for key in desired.keys() {
             if let Some(other) = self.owner.insert(key.clone(), scope.clone())
@@ -492,6 +518,16 @@ impl<D: Datapath> Reconciler<D> {
         let Scope::Peer(name) = scope else {
             return Err(format!("SA {} belongs to no peer", Spi(id.spi)));
         };
+        if let Some(Object::Sa { sa: held, born: made }) = self.actual.get(op.key())
+            && made == born
+            && (xfrm::Sa {
+                encap: sa.encap,
+                ..(**held).clone()
+            }) == **sa
+        {
+            // Its ports alone change, and its key stays.
+            return Ok(None);
+        }
         let Some(born) = born else {
             // What an earlier process made can't be made again.
             self.node.lost(name, id, None);
@@ -561,7 +597,8 @@ impl<D: Datapath> Reconciler<D> {
     ) {
         let stopped = failed.contains_key(&Scope::Node);
         for scope in scopes {
-            let why = failed.get(scope).cloned();
+            let alike = self.alike.remove(scope);
+            let why = failed.get(scope).cloned().or(alike);
             let why = why.or_else(|| stopped.then(|| "the node's own objects could not be made".to_owned()));
             if let Scope::Peer(name) = scope {
                 self.node.troubled(name, why.clone());

@@ -336,6 +336,40 @@ fn of_two_nodes_that_claim_the_same_neither_is_served_until_one_gives_way() {
 }
 
 #[test]
+fn nodes_that_can_take_udp_may_share_a_public_address_and_one_of_plain_esp_may_not() {
+    use EncapMode::{Auto, Esp, Udp};
+    for (one, other, together) in [
+        (Udp, Udp, true),
+        (Auto, Auto, true),
+        (Auto, Udp, true),
+        (Auto, Esp, false),
+        (Esp, Udp, false),
+        (Esp, Esp, false),
+    ] {
+        let mut node = node();
+        for (number, mode) in [(2, one), (3, other)] {
+            let mut said = statement(number, u64::from(number));
+            said.encap.mode = mode;
+            said.addresses = statement(2, 1).addresses;
+            offer(&mut node, &lease(&said));
+        }
+        let wanted = if together { State::Waiting } else { State::Refused };
+        assert_eq!(
+            [stands(&node, 2).0, stands(&node, 3).0],
+            [wanted, wanted],
+            "{one:?} and {other:?}"
+        );
+        // The one that stood in the way can do without an address of its own from its next epoch on.
+        if !together && other != Esp {
+            let mut said = statement(2, 60);
+            said.encap.mode = Auto;
+            offer(&mut node, &lease(&said));
+            assert_eq!([stands(&node, 2).0, stands(&node, 3).0], [State::Waiting; 2]);
+        }
+    }
+}
+
+#[test]
 fn who_claims_what_this_node_has_is_refused_and_this_node_told() {
     let mut node = node();
     let mut thief = statement(2, 7);

@@ -261,6 +261,9 @@ fn detail(peer: &PeerReport) -> String {
             None => encap.clone(),
         });
     }
+    if let Some(learned) = &peer.learned {
+        parts.push(format!("behind a NAT at {learned}"));
+    }
     if let Some(time) = peer.round_trip {
         parts.push(format!("{time:.1} ms"));
     }

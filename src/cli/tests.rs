@@ -53,6 +53,7 @@ fn report() -> Report {
     moving["newest"] = "1764003601>1764000003".into();
     moving["encap"] = "udp".into();
     moving["detour"] = "plain ESP has not been answered for 12 s".into();
+    moving["learned"] = "203.0.113.9:41001".into();
     moving["errors"] = 3.into();
     moving["subnets"] = json!(["10.244.4.0/24", "fd00:244:0:4::/64"]);
     let value = json!({

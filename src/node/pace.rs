@@ -17,6 +17,10 @@ pub enum Cause {
     Lost,
     /// A peer came back whose sending key is spent.
     Returned,
+    /// A peer behind a NAT has another address, and an SA keeps the one that it was made with.
+    Moved,
+    /// Another node at our public address has an epoch of the same number modulo 64.
+    Alike,
     /// An SA of the newest epoch reached its limit of packets or bytes.
     Limit,
     /// `RekeyAfter`.
@@ -32,6 +36,8 @@ impl Cause {
             Self::Changed => "PSKs, addresses or settings changed",
             Self::Lost => "an SA was lost",
             Self::Returned => "a peer came back",
+            Self::Moved => "a peer behind a NAT has another address",
+            Self::Alike => "another node at this address has an epoch of the same SPIs",
             Self::Limit => "an SA reached RekeyPackets or RekeyBytes",
             Self::Aged => "RekeyAfter",
         }
@@ -41,14 +47,16 @@ impl Cause {
     fn has_time(self) -> bool {
         match self {
             Self::Limit | Self::Aged => true,
-            Self::Start | Self::Asked | Self::Changed | Self::Lost | Self::Returned => false,
+            Self::Start | Self::Asked | Self::Changed | Self::Lost | Self::Returned | Self::Moved | Self::Alike => {
+                false
+            }
         }
     }
 
     /// Whether it backs off where it repeats. Start comes once, and who asks spares nobody but himself.
     fn backs_off(self) -> bool {
         match self {
-            Self::Changed | Self::Lost | Self::Returned => true,
+            Self::Changed | Self::Lost | Self::Returned | Self::Moved | Self::Alike => true,
             Self::Start | Self::Asked | Self::Limit | Self::Aged => false,
         }
     }

@@ -1,6 +1,6 @@
 //! What the kernel should hold for each scope, from what the node knows.
 
-use std::net::IpAddr;
+use std::net::{IpAddr, SocketAddr};
 
 use keys::{Carrier, EncapMode, Statement};
 use xfrm::{Direction, Sa};
@@ -147,9 +147,22 @@ impl Node {
     pub(super) fn path(&self, peer: &Peer, generation: Generation, carrier: Carrier) -> Option<Path> {
         let own = self.own.get(&generation.sender)?;
         let theirs = &peer.epochs.get(&generation.receiver)?.statement;
-        let (local, remote) = outer(own.local, theirs)?;
-        let udp = (carrier == Carrier::Udp).then_some((own.statement.encap.port, theirs.encap.port));
-        Some(Path { local, remote, udp })
+        let (local, stated) = outer(own.local, theirs)?;
+        if carrier == Carrier::Esp {
+            return Some(Path {
+                local,
+                remote: stated,
+                udp: None,
+            });
+        }
+        let remote = peer
+            .mapping
+            .of(generation.sender, SocketAddr::new(stated, theirs.encap.port));
+        Some(Path {
+            local,
+            remote: remote.ip(),
+            udp: Some((own.statement.encap.port, remote.port())),
+        })
     }
 
     /// The SA of our sending `generation` or of its reverse over `carrier`; `None` where no key can be made for it.

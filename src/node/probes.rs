@@ -237,6 +237,9 @@ impl Node {
             needed.extend(peer.pair.receiving().map(|g| g.receiver));
         }
         self.own.retain(|epoch, _| needed.contains(epoch));
+        for peer in self.peers.values_mut() {
+            peer.mapping.keep(|epoch| needed.contains(&epoch));
+        }
         self.spent.retain(|epoch, _| needed.contains(epoch));
     }
 

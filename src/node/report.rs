@@ -100,6 +100,9 @@ pub struct PeerReport {
     pub spi_in: Option<String>,
     /// `esp` or `udp`.
     pub encap: Option<String>,
+    /// Where its UDP comes from, where that is not what its statement says: it is behind a NAT.
+    #[serde(default)]
+    pub learned: Option<String>,
     /// Why data goes in UDP, where plain ESP is open too.
     #[serde(default)]
     pub detour: Option<String>,
@@ -193,6 +196,7 @@ impl Node {
             spi_in: None,
             encap: None,
             detour: None,
+            learned: None,
             heard: None,
             round_trip: None,
             bytes_out: 0,
@@ -267,6 +271,13 @@ impl Node {
         if let Some(path) = path {
             report.address = path.remote.to_string();
         }
+        report.learned = self.in_udp(peer).and_then(|(stated, used)| {
+            let learned = peer.mapping.newest(stated.ip()).filter(|at| *at != stated)?;
+            Some(match learned == used {
+                true => learned.to_string(),
+                false => format!("{learned}, from the next epoch on"),
+            })
+        });
         report.heard = peer.pair.heard().map(|heard| now.saturating_sub(heard).as_secs_f64());
         report.round_trip = peer.round_trip.map(|time| time.as_secs_f64() * 1000.0);
         if let Some(trouble) = &peer.trouble {

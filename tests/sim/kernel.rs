@@ -205,6 +205,18 @@ impl Machine {
                 }
                 self.take(key);
             }
+            Op::Change(key @ Key::Sa(_), object @ Object::Sa { sa, .. }) if secret.is_none() => {
+                // The key stays, and so must all that the kernel does not update.
+                let Some(Object::Sa { sa: held, .. }) = self.objects.get(key) else {
+                    return Err(refused(op, nix::libc::ESRCH));
+                };
+                let updated = xfrm::Sa {
+                    encap: sa.encap,
+                    ..(**held).clone()
+                };
+                assert_eq!(updated, **sa, "an update changes ports alone");
+                self.objects.insert(key.clone(), unborn(object));
+            }
             Op::Make(key @ Key::Sa(id), object @ Object::Sa { sa, .. })
             | Op::Change(key @ Key::Sa(id), object @ Object::Sa { sa, .. }) => {
                 let secret = secret.expect("an SA is made with a key");
