@@ -12,6 +12,10 @@ use ringmail::kernel::{Counters, Datapath, Event, Key, Kind, Look, Object, Objec
 use xfrm::{KernelError, PolicyId, SaId};
 
 use super::packet::Scene;
+use super::watch::TWICE;
+
+/// The bit of an SPI that tells the carrier.
+const OTHER_CARRIER: u32 = 1 << 31;
 
 /// How an operation fails.
 #[derive(Clone, Copy, Debug, Eq, PartialEq)]
@@ -24,9 +28,12 @@ pub(crate) enum Fault {
     LostDone,
     /// Something before the kernel failed; nothing happened, and no key comes back.
     Failed,
+    /// What no kernel does: it says no to a sending SA, although it was made; and then it is lost.
+    RefusedDone,
 }
 
 impl Fault {
+    /// What kernels do.
     pub(crate) const ALL: [Self; 4] = [Self::Refused, Self::Lost, Self::LostDone, Self::Failed];
 }
 
@@ -57,6 +64,10 @@ pub(crate) struct Machine {
     /// The next so many dumps fail.
     pub(crate) blind: usize,
     pub(crate) notices: Vec<Event>,
+    /// Whether it says that a receiving SA is there before it is.
+    pub(crate) tardy: bool,
+    /// The receiving SAs that it has promised.
+    promised: BTreeMap<SaId, (Object, Vec<u8>)>,
     watch: Option<Watch>,
     spent: Spent,
     /// The objects as packets meet them, until something changes.
@@ -118,6 +129,7 @@ impl SimKernel {
             let keys = std::mem::take(&mut machine.keys);
             machine.torn.extend(keys);
             machine.objects.clear();
+            machine.promised.clear();
             machine.notices.clear();
             machine.faults.clear();
         });
@@ -157,7 +169,8 @@ impl SimKernel {
             let fault = machine
                 .faults
                 .remove(&number)
-                .or_else(|| machine.cursed.get(op.key()).copied());
+                .or_else(|| machine.cursed.get(op.key()).copied())
+                .filter(|fault| *fault != Fault::RefusedDone || machine.sends(&op));
             machine.log.push((op.clone(), fault));
             let done = match fault {
                 None => machine.carry_out(&op, secret.as_ref()),
@@ -166,6 +179,10 @@ impl SimKernel {
                     .and_then(|()| Err(WriteError::Unknown { op: op.to_string() })),
                 Some(Fault::Lost) => Err(WriteError::Unknown { op: op.to_string() }),
                 Some(Fault::Refused) => Err(refused(&op, nix::libc::ENOMEM)),
+                Some(Fault::RefusedDone) => machine.carry_out(&op, secret.as_ref()).and_then(|()| {
+                    machine.take(op.key());
+                    Err(refused(&op, nix::libc::ENOMEM))
+                }),
                 Some(Fault::Failed) => Err(WriteError::Failed {
                     op: op.to_string(),
                     why: "told to".into(),
@@ -202,6 +219,7 @@ impl Machine {
                 // The key of what its maker removes is not torn: who still sends on it was not waited for.
                 if let Key::Sa(id) = key {
                     self.keys.remove(id);
+                    self.promised.remove(id);
                 }
                 self.take(key);
             }
@@ -233,8 +251,12 @@ impl Machine {
                 if self.sources.contains(&sa.src) {
                     let what = format!("{} as {key}", self.name);
                     if let Some(before) = self.spent.borrow_mut().insert(bytes.clone(), what.clone()) {
-                        panic!("a sending key is programmed twice: by {what}, before by {before}");
+                        panic!("{TWICE}: a sending key is programmed twice: by {what}, before by {before}");
                     }
+                }
+                if self.tardy && !self.sources.contains(&sa.src) {
+                    self.promised.insert(*id, (unborn(object), bytes));
+                    return Ok(());
                 }
                 self.keys.insert(*id, bytes);
                 self.objects.insert(key.clone(), unborn(object));
@@ -259,6 +281,19 @@ impl Machine {
         Ok(())
     }
 
+    /// Whether an operation makes a sending SA.
+    fn sends(&self, op: &Op) -> bool {
+        matches!(op, Op::Make(_, Object::Sa { sa, .. }) if self.sources.contains(&sa.src))
+    }
+
+    /// What was promised is done.
+    pub(crate) fn catch_up(&mut self) {
+        for (id, (object, bytes)) in std::mem::take(&mut self.promised) {
+            self.keys.insert(id, bytes);
+            self.objects.insert(Key::Sa(id), object);
+        }
+    }
+
     fn has_link(&self, link: &str) -> bool {
         self.objects.contains_key(&Key::Link(link.into()))
     }
@@ -276,6 +311,13 @@ impl Machine {
             Key::Sa(id) => {
                 if let Some(bytes) = self.keys.remove(id) {
                     self.torn.insert((*id, bytes));
+                    // A generation is lost whole: its SA for the other carrier goes as well, by its maker.
+                    let twin = SaId {
+                        spi: id.spi ^ OTHER_CARRIER,
+                        ..*id
+                    };
+                    let bytes = self.keys.get(&twin).cloned();
+                    self.torn.extend(bytes.map(|bytes| (twin, bytes)));
                 }
             }
             Key::Policy(id) | Key::Guard(_, id) => self.vacate(id),

@@ -3,7 +3,7 @@
 use std::sync::Arc;
 use std::time::Duration;
 
-use keys::{Cipher, Encap, EncapMode, Psk, Slot};
+use keys::{Cipher, Encap, EncapMode, EpochSecret, Psk, Slot};
 use ringmail::backend::ipsec::MOST;
 use ringmail::lease::{Addresses, Network, NodeName, Range, Subnets};
 use ringmail::node::Settings;
@@ -71,6 +71,42 @@ pub(crate) fn uplink(families: Families, last: u8) -> Uplink {
 /// PSK number `number` of the network; all differ.
 pub(crate) fn psk(number: u8, network: &Network) -> Arc<Psk> {
     Arc::new(Psk::new(&[number; 32], &network.to_string()).expect("long enough"))
+}
+
+/// Bytes that a number tells, and no two numbers alike (splitmix64).
+pub(crate) fn bytes(number: u64) -> [u8; 32] {
+    let mut all = [0; 32];
+    for (word, at) in all.chunks_exact_mut(8).zip(1..) {
+        let mut z = number
+            .wrapping_mul(4)
+            .wrapping_add(at)
+            .wrapping_mul(0x9e37_79b9_7f4a_7c15);
+        z = (z ^ (z >> 30)).wrapping_mul(0xbf58_476d_1ce4_e5b9);
+        z = (z ^ (z >> 27)).wrapping_mul(0x94d0_49bb_1331_11eb);
+        word.copy_from_slice(&(z ^ (z >> 31)).to_be_bytes());
+    }
+    all
+}
+
+/// The secret of an epoch that has these bytes.
+#[expect(
+    deprecated,
+    reason = "ring seals SecureRandom; its own source of fixed bytes is the only one there is"
+)]
+pub(crate) fn epoch_secret(bytes: &[u8; 32]) -> EpochSecret {
+    EpochSecret::generate(&ring::test::rand::FixedSliceRandom { bytes }).expect("fixed bytes do not fail")
+}
+
+/// A source of random numbers for one epoch: its secret, and a jitter of a half.
+#[expect(
+    deprecated,
+    reason = "ring seals SecureRandom; its own source of fixed bytes is the only one there is"
+)]
+pub(crate) fn random<'a>(all: &'a [&'a [u8]]) -> ring::test::rand::FixedSliceSequenceRandom<'a> {
+    ring::test::rand::FixedSliceSequenceRandom {
+        bytes: all,
+        current: std::cell::UnsafeCell::new(0),
+    }
 }
 
 pub(crate) fn settings(node: &str, network: Network) -> Settings {

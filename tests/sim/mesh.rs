@@ -11,8 +11,7 @@ use std::collections::{BTreeSet, VecDeque};
 use std::net::IpAddr;
 use std::time::Duration;
 
-use keys::{Carrier, EncapMode, Epoch};
-use ring::rand::SystemRandom;
+use keys::{Carrier, Epoch};
 use ringmail::kernel::Scope;
 use ringmail::lease::{Completeness, Lease, Network, Subnets};
 use ringmail::node::{Cause, Datagram, Node, Settings};
@@ -21,13 +20,14 @@ use ringmail::reconcile::Reconciler;
 use ringmail::uplink::Uplink;
 use xfrm::Sa;
 
-use super::kernel::{SimKernel, Spent, unborn};
+use super::broken::{Broken, Liar};
+use super::kernel::{SimKernel, Spent};
 use super::make::{self, Families};
 use super::packet::{Fate, From, Layers, Packet, Surroundings, fate};
 use super::watch::{View, Views, check_all, check_operation, read_by};
 
 /// The clock of the world at its begin, seconds since 1970.
-const UNIX: u64 = 1_700_000_000;
+const UNIX: Duration = Duration::from_secs(1_700_000_000);
 
 /// The daemon of a node while it runs.
 pub(crate) struct Process {
@@ -55,6 +55,10 @@ pub(crate) struct Member {
     pub(crate) versions: Vec<Option<Lease>>,
     /// So many versions nobody reads any more who has not yet: those before it last joined, and before a PSK was dropped.
     pub(crate) bygone: usize,
+    /// The store does not answer it.
+    pub(crate) away: bool,
+    /// The store was restored from a backup, and has an older lease of it.
+    pub(crate) restored: bool,
 }
 
 /// A probe on the wire.
@@ -76,8 +80,13 @@ pub(crate) struct Mesh {
     pub(crate) now: Duration,
     /// Probes sent so far.
     pub(crate) probes: u64,
+    /// The wall clock less `now`, since 1970: it can be set.
+    pub(crate) clock: Duration,
+    /// Epochs so far, each with a secret of its own.
+    secrets: u64,
+    pub(super) liar: Option<Liar>,
     spent: Spent,
-    story: VecDeque<String>,
+    pub(super) story: VecDeque<String>,
     /// What is printed with the story when a test fails, such as the seed.
     pub(crate) title: String,
 }
@@ -93,6 +102,9 @@ impl Mesh {
             blocked: BTreeSet::new(),
             now: Duration::ZERO,
             probes: 0,
+            clock: UNIX,
+            secrets: 0,
+            liar: None,
             spent: Spent::default(),
             story: VecDeque::new(),
             title: title.to_owned(),
@@ -153,6 +165,8 @@ impl Mesh {
             process: None,
             versions: Vec::new(),
             bygone: 0,
+            away: false,
+            restored: false,
         });
         x
     }
@@ -192,6 +206,7 @@ impl Mesh {
             complete: false,
         };
         member.process = Some(process);
+        self.forget_heard(x);
     }
 
     /// Starts the daemon with its uplink and PSKs; it knows nothing of lease and store yet.
@@ -273,10 +288,24 @@ impl Mesh {
             .reconciler
             .node
             .leased(&name, lease.as_ref(), now - process.began);
+        self.mislead_of(x, y);
         if lease.is_none() {
             self.views.borrow_mut()[x].flows.remove(&y);
         }
         self.complete(x);
+    }
+
+    /// Process `x` reads an older version of `y`'s lease than it has read, as if it came last.
+    pub(crate) fn read_again(&mut self, x: usize, y: usize, version: usize) {
+        if let Some(process) = &mut self.members[x].process {
+            process.seen[y] = version - 1;
+            self.read(x, y, version);
+        }
+    }
+
+    /// Whether a daemon runs there, or there is nothing of a node.
+    pub(crate) fn is_running_or_gone(&self, x: usize) -> bool {
+        self.members[x].process.is_some() || !self.views.borrow()[x].present
     }
 
     /// The roster of `x` is complete once every node that holds a lease was read.
@@ -294,29 +323,61 @@ impl Mesh {
 
     /// What the daemon does whenever anything changed, in its order.
     pub(crate) fn turn(&mut self, x: usize) {
+        self.mislead(x);
+        let secret = make::bytes(self.secrets);
+        let begun = self.begin_epoch(x, &secret);
+        if begun {
+            self.secrets += 1;
+            self.learn(x, secret);
+        }
+        self.finish_turn(x);
+    }
+
+    /// The first half of a turn; returns whether an epoch began.
+    fn begin_epoch(&mut self, x: usize, secret: &[u8; 32]) -> bool {
         let now = self.now;
         let member = &mut self.members[x];
-        let Some(process) = &mut member.process else { return };
+        let Some(process) = &mut member.process else {
+            return false;
+        };
         let clock = now - process.began;
         for event in member.kernel.notices() {
             process.reconciler.notice(event);
         }
         process.reconciler.pass(clock);
-        let unix = UNIX + now.as_secs();
-        let begun = process
-            .reconciler
-            .begin_epoch(process.previous, unix, &SystemRandom::new(), clock);
-        if begun.is_some() {
-            process.reconciler.pass(clock);
+        if process.reconciler.node.wants_epoch(clock).is_none() {
+            return false;
         }
+        let unix = self.clock.as_secs() + now.as_secs();
+        let before = process.reconciler.node.epoch();
+        let all: [&[u8]; 2] = [secret, &[0x80, 0]];
+        process
+            .reconciler
+            .begin_epoch(process.previous, unix, &make::random(&all), clock);
+        if process.reconciler.node.epoch() == before {
+            return false;
+        }
+        process.reconciler.pass(clock);
+        true
+    }
+
+    /// The second half of a turn: what follows from the pass.
+    fn finish_turn(&mut self, x: usize) {
+        let now = self.now;
+        let away = self.members[x].away;
+        let member = &mut self.members[x];
+        let Some(process) = &mut member.process else { return };
+        let clock = now - process.began;
         let epoch = process.reconciler.node.epoch();
         if epoch.is_some()
-            && epoch != process.published
+            && !away
+            && (epoch != process.published || member.restored)
             && let Some(lease) = process.reconciler.node.lease()
         {
             process.published = epoch;
             process.previous = process.previous.max(epoch);
             member.versions.push(Some(lease));
+            member.restored = false;
         }
         let mut datagrams = std::mem::take(&mut process.answers);
         datagrams.extend(process.reconciler.node.tick(clock, &mut || 0.5));
@@ -338,6 +399,9 @@ impl Mesh {
         let member = &self.members[x];
         let Some(process) = &member.process else { return };
         self.probes += 1;
+        if self.breaks(Broken::NoProbe) {
+            return;
+        }
         if !process.reconciler.carries(datagram) {
             return;
         }
@@ -381,7 +445,7 @@ impl Mesh {
 
     /// Probe number `at` on the wire arrives where it is for, if that node can read it.
     pub(crate) fn arrive(&mut self, at: usize) {
-        let flight = self.wire.swap_remove(at);
+        let mut flight = self.wire.swap_remove(at);
         let to = (0..self.members.len()).find(|y| {
             let kernel = &self.members[*y].kernel;
             kernel.look(|machine| machine.addresses.contains(&flight.sa.dst))
@@ -402,6 +466,7 @@ impl Mesh {
         if read_by(&self.views.borrow()[y], &flight.sa, &flight.key, flight.packet).is_err() {
             return;
         }
+        self.twist(y, flight.packet.src, &mut flight.bytes);
         let now = self.now;
         if let Some(process) = &mut self.members[y].process {
             let answer = process
@@ -427,157 +492,6 @@ impl Mesh {
         for x in 0..self.members.len() {
             if self.due(x).is_some_and(|due| due <= self.now) {
                 self.turn(x);
-            }
-        }
-    }
-
-    /// Lets `time` go by, with everyone on time and nothing lost.
-    pub(crate) fn run(&mut self, time: Duration) {
-        let end = self.now + time;
-        while self.now < end {
-            self.flush();
-            let next = (0..self.members.len()).filter_map(|x| self.due(x)).min().unwrap_or(end);
-            self.now = next.max(self.now + Duration::from_millis(1)).min(end);
-            for x in 0..self.members.len() {
-                if self.due(x).is_some_and(|due| due <= self.now) {
-                    self.turn(x);
-                }
-            }
-        }
-        self.flush();
-    }
-
-    /// Whether every node that holds a lease can be heard by the others.
-    pub(crate) fn is_heard(&self) -> bool {
-        (0..self.members.len()).all(|x| self.is_held(x) || !self.views.borrow()[x].present)
-    }
-
-    /// Delivers all that is under way at this moment.
-    pub(crate) fn flush(&mut self) {
-        for round in 0.. {
-            assert!(round < 200, "the mesh does not come to rest");
-            let mut quiet = true;
-            for x in 0..self.members.len() {
-                for y in 0..self.members.len() {
-                    let newest = self.members[y].versions.len();
-                    let fresh = self.members[x]
-                        .process
-                        .as_ref()
-                        .is_some_and(|p| p.seen.get(y).copied().unwrap_or(0) < newest);
-                    if x != y && fresh {
-                        quiet = false;
-                        self.read(x, y, newest);
-                        self.turn(x);
-                    }
-                }
-                if self.members[x].process.is_some()
-                    && self.members[x].kernel.look(|machine| !machine.notices.is_empty())
-                {
-                    quiet = false;
-                    self.turn(x);
-                }
-            }
-            while !self.wire.is_empty() {
-                quiet = false;
-                self.arrive(0);
-            }
-            if quiet {
-                return;
-            }
-        }
-    }
-
-    /// Events stop: faults end, all runs, everything arrives. Then every pair must be on its newest generation, with
-    /// nothing older left, each knowing it of the other.
-    pub(crate) fn settle(&mut self) {
-        self.tell("settles".into());
-        for x in 0..self.members.len() {
-            self.members[x].kernel.with(|machine| {
-                machine.faults.clear();
-                machine.cursed.clear();
-                machine.blind = 0;
-            });
-            let present = self.views.borrow()[x].present;
-            if present && self.members[x].process.is_none() {
-                self.start(x);
-            } else if self.members[x].process.is_some() {
-                self.hold(x);
-                self.turn(x);
-            }
-        }
-        self.run(Duration::from_secs(200));
-        let before = self.probes;
-        self.run(Duration::from_secs(60));
-        self.assert_settled(self.probes - before);
-    }
-
-    fn assert_settled(&self, probes: u64) {
-        let running: Vec<usize> = (0..self.members.len())
-            .filter(|x| self.members[*x].process.is_some())
-            .collect();
-        let pairs = running.len() * running.len().saturating_sub(1);
-        // One and its answer each 11.25 s at least: a pair that is not settled asks more often.
-        // Where the carrier is open: one each 1.5 s, and an answer on each carrier.
-        let open = self.members.iter().any(|m| m.settings.encap.mode == EncapMode::Auto);
-        assert!(
-            probes <= if open { 120 } else { 12 } * pairs as u64,
-            "{probes} probes in a quiet minute of {pairs} directions"
-        );
-        for &x in &running {
-            let member = &self.members[x];
-            let process = member.process.as_ref().expect("it runs");
-            let failures: Vec<String> = process
-                .reconciler
-                .failures()
-                .map(|(s, why)| format!("{s}: {why}"))
-                .collect();
-            assert!(failures.is_empty(), "{x} fails: {failures:?}");
-            let desired: ringmail::kernel::Objects = process
-                .reconciler
-                .desired()
-                .iter()
-                .map(|(key, object)| (key.clone(), unborn(object)))
-                .collect();
-            member.kernel.look(|machine| {
-                let difference = super::text::difference(&desired, &machine.objects);
-                assert!(
-                    difference.is_empty(),
-                    "{x}'s kernel is not as it wants it:\n{difference}"
-                );
-                let sas = machine.scene().sas().len();
-                assert!(
-                    sas == if open { 4 } else { 2 } * (running.len() - 1),
-                    "{x} keeps SAs of the past: {}",
-                    super::text::objects(&process.reconciler.desired())
-                );
-            });
-            let report = process
-                .reconciler
-                .node
-                .report(&Default::default(), self.now - process.began);
-            assert_eq!(report.problems, Vec::<String>::new());
-            for &y in running.iter().filter(|y| **y != x) {
-                let theirs = self.members[y].process.as_ref().expect("it runs");
-                let epochs = (process.reconciler.node.epoch(), theirs.reconciler.node.epoch());
-                let (Some(own), Some(their)) = epochs else {
-                    panic!("{x} or {y} has no epoch")
-                };
-                let peer = report
-                    .peers
-                    .iter()
-                    .find(|peer| peer.node == self.members[y].settings.name.as_str());
-                let peer = peer.unwrap_or_else(|| panic!("{x} does not know {y}"));
-                assert_eq!(peer.reason, None, "{x} about {y}");
-                assert_eq!(peer.state, ringmail::node::report::State::Up, "{x} about {y}");
-                assert_eq!(
-                    peer.generation.as_deref(),
-                    Some(&*format!("{own}>{their}")),
-                    "{x} to {y}"
-                );
-                assert!(
-                    self.views.borrow()[x].flows.contains(&y),
-                    "{x}'s data does not reach {y}"
-                );
             }
         }
     }
@@ -631,30 +545,6 @@ impl Mesh {
         views[x].flows.clear();
         for view in views.iter_mut() {
             view.flows.remove(&x);
-        }
-    }
-}
-
-impl Drop for Mesh {
-    fn drop(&mut self) {
-        if std::thread::panicking() {
-            eprintln!("in {}:", self.title);
-            for line in &self.story {
-                eprintln!("  {line}");
-            }
-            for (x, member) in self.members.iter().enumerate() {
-                eprintln!("the last operations of {x}:");
-                member.kernel.look(|machine| {
-                    let last = machine.log.len().saturating_sub(12);
-                    for (op, fault) in &machine.log[last..] {
-                        eprintln!(
-                            "  {}{}",
-                            super::text::op(op),
-                            fault.map(|f| format!(" [{f:?}]")).unwrap_or_default()
-                        );
-                    }
-                });
-            }
         }
     }
 }

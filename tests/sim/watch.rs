@@ -10,6 +10,15 @@ use xfrm::Sa;
 use super::kernel::SimKernel;
 use super::packet::{Fate, From, Layers, Leak, Packet, Surroundings, cuts, fate, leaks, pod};
 
+/// How what goes wrong is called, at the begin of a panic's message.
+pub(crate) const LOST: &str = "LOST";
+/// In the clear, or let in from there.
+pub(crate) const PLAIN: &str = "PLAIN";
+/// A sending key was programmed again.
+pub(crate) const TWICE: &str = "TWICE";
+/// Events stopped, and the mesh did not come to its newest generations.
+pub(crate) const STUCK: &str = "STUCK";
+
 /// A node as its packets see it; shared with the watch of every kernel.
 pub(crate) struct View {
     pub(crate) kernel: SimKernel,
@@ -90,7 +99,7 @@ fn check_leaks(views: &[View], x: usize, after: &str) {
         if !view.hurt {
             found.extend(cuts(machine.scene(), &view.around));
         }
-        assert!(found.is_empty(), "{x} after {after}: {found:?}");
+        assert!(found.is_empty(), "{PLAIN}: {x} after {after}: {found:?}");
     });
 }
 
@@ -119,11 +128,11 @@ fn check_data(views: &Views, x: usize, y: usize, after: &str) {
                     Fate::Dropped(why) => {
                         assert!(
                             !from.flows.contains(&y),
-                            "{x}'s data to {y} flowed; after {after} it is dropped: {why}"
+                            "{LOST}: {x}'s data to {y} flowed; after {after} it is dropped: {why}"
                         );
                         return false;
                     }
-                    fate => panic!("{x}'s data to {y} is {fate:?} after {after}"),
+                    fate => panic!("{PLAIN}: {x}'s data to {y} is {fate:?} after {after}"),
                 };
                 let sa = machine
                     .scene()
@@ -140,7 +149,7 @@ fn check_data(views: &Views, x: usize, y: usize, after: &str) {
                     .look(|theirs| theirs.torn.contains(&(id, key.clone())) || !theirs.addresses.contains(&sa.dst));
                 assert!(
                     torn || to.hurt,
-                    "{x} sends to {y} on {} after {after}; it {why}",
+                    "{LOST}: {x} sends to {y} on {} after {after}; it {why}",
                     keys::Spi(id.spi)
                 );
                 false
