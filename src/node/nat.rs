@@ -24,8 +24,13 @@ pub(super) struct Learned {
 }
 
 impl Learned {
-    /// What an earlier process had learned, as its sending SA shows.
+    /// What an earlier process had learned, as its sending SA shows: one towards another epoch of the peer shows where it
+    /// was then.
     pub(super) fn inherited(sa: &Sa, statement: &Statement) -> Option<Self> {
+        let parts = keys::Spi(sa.spi).parts().ok()?;
+        if parts.receiver_mod64 != statement.epoch.mod64() {
+            return None;
+        }
         let public: Addresses = statement.addresses.iter().copied().collect();
         let stated = public.of_family(sa.dst)?;
         let at = SocketAddr::new(sa.dst, sa.encap?.dport);
