@@ -91,6 +91,9 @@ def mesh(request, keywatch):
 
 @pytest.fixture(autouse=True)
 def checked(request, keywatch):
+    if "mesh" not in request.fixturenames:
+        yield
+        return
     mesh = request.getfixturevalue("mesh")
     request.node.labs = [mesh.lab]
     yield
@@ -166,3 +169,32 @@ def test_what_was_learned_outlives_rotations_and_restarts(mesh):
     assert not there.lost, outage
     assert learned(mesh, 1, 3) == before
     measured(f"UDPEncap {mesh.mode}: lost from behind the NAT while the daemon outside restarts", outage.seconds)
+
+
+def test_two_nodes_that_say_the_nats_address_cost_nobody_an_epoch(keywatch, request):
+    """With --public-ip the port alone is to be learned. The two give their epochs different numbers for those outside."""
+    mesh = Running(f"t{os.getpid() % 100000}-said", 4, keywatch, UDPEncap=True)
+    request.node.labs = [mesh.lab]
+    mesh.subnets()
+    try:
+        router = Router(mesh, 3, 4)
+        router.ports(41000, 41009)
+        mesh.start(1, 2)
+        mesh.in_order(1, 2)
+        epochs = [mesh.status(number)["epoch"] for number in (1, 2)]
+        mesh.start(3, 4, env={"FLANNELD_PUBLIC_IP": OUTSIDE})
+        for number in (3, 4):
+            mesh.in_order(1, 2, number, timeout=60)
+        assert mesh.status(3)["epoch"] % 64 != mesh.status(4)["epoch"] % 64
+        assert learned(mesh, 1, 3)[0] == learned(mesh, 1, 4)[0] == OUTSIDE
+        assert learned(mesh, 1, 3)[1] != learned(mesh, 1, 4)[1]
+        pods = mesh.lab.pods()
+        for outside in pods[:2]:
+            for inside in pods[2:]:
+                assert outside.ping(inside) == 1 and inside.ping(outside) == 1
+        assert [mesh.status(number)["epoch"] for number in (1, 2)] == epochs
+        mesh.lab.wire.assert_clean()
+        keywatch.check()
+    finally:
+        mesh.down()
+        subprocess.run(["ip", "netns", "delete", f"{mesh.lab.name}-nat"], check=False)
