@@ -125,6 +125,8 @@ struct Peer {
     leftovers: BTreeMap<SaId, Sa>,
     /// On which carriers the kernel has a generation's SA.
     made: BTreeMap<(Generation, Way), BTreeSet<Carrier>>,
+    /// SAs that another hand took, whose twin on the other carrier stays until a new epoch follows.
+    torn: BTreeSet<(Generation, Way, Carrier)>,
     /// What our data takes where both carriers are open.
     choice: Choice,
     mapping: Mapping,
@@ -378,6 +380,7 @@ impl Node {
                 keys: BTreeMap::new(),
                 leftovers: left.sas,
                 made: BTreeMap::new(),
+                torn: BTreeSet::new(),
                 choice: Choice::new(presumed),
                 mapping,
                 schedule: Schedule::at_once(now),
@@ -687,16 +690,29 @@ impl Node {
     pub fn lost(&mut self, name: &NodeName, sa: &SaId, born: Option<Generation>) {
         let own_slot = self.slot();
         let Some(peer) = self.peers.get_mut(name) else { return };
-        let mends = match born {
-            Some(generation) if sender(sa) == own_slot => {
-                peer.made.remove(&(generation, Way::Out));
-                peer.pair.lost_sending(generation)
+        let mends = match (born, keys::Spi(sa.spi).parts()) {
+            (Some(generation), Ok(parts)) => {
+                let way = if Some(parts.slot) == own_slot {
+                    Way::Out
+                } else {
+                    Way::In
+                };
+                let made = peer.made.remove(&(generation, way));
+                let known = made.is_some();
+                let left: BTreeSet<Carrier> = made.into_iter().flatten().filter(|c| *c != parts.carrier).collect();
+                if known && !left.is_empty() {
+                    // Its twin serves until a new epoch follows.
+                    peer.made.insert((generation, way), left);
+                    peer.torn.insert((generation, way, parts.carrier));
+                    true
+                } else {
+                    match way {
+                        Way::Out => peer.pair.lost_sending(generation),
+                        Way::In => peer.pair.lost_receiving(generation) || known,
+                    }
+                }
             }
-            Some(generation) => {
-                let made = peer.made.remove(&(generation, Way::In)).is_some();
-                peer.pair.lost_receiving(generation) || made
-            }
-            None => {
+            _ => {
                 peer.pair.lost_inherited(sa);
                 false
             }

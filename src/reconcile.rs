@@ -300,7 +300,10 @@ impl<D: Datapath> Reconciler<D> {
             self.node.decline(why);
             cause = self.node.wants_epoch(now)?;
         }
-        let number = match keys::next_epoch(previous.max(self.node.epoch()), unix, &taken) {
+        let previous = previous.max(self.node.epoch());
+        let avoided = taken.iter().copied().chain(self.node.left_to_others()).collect();
+        let next = keys::next_epoch(previous, unix, &avoided).or_else(|_| keys::next_epoch(previous, unix, &taken));
+        let number = match next {
             Ok(number) => number,
             Err(error) => return self.no_epoch(&error, now),
         };

@@ -173,18 +173,18 @@ fn another_family_or_an_sa_of_nobody_teaches_nothing() {
 #[test]
 fn of_two_peers_at_one_address_with_like_epochs_one_is_served_and_the_other_named_until_it_rotates() {
     let mut mesh = Mesh::new("alike", Families::V4);
-    for x in 0..3 {
+    for x in 0..18 {
         mesh.add();
         mesh.members[x].settings.encap.mode = EncapMode::Udp;
     }
-    // Both say that they are at .2; node 0 sees them begin in the same second.
-    mesh.members[2].uplink.public = mesh.members[1].uplink.public;
-    for x in 0..3 {
+    // Nodes 2 and 18, whose slots are alike modulo 16, say that they are at .2, and begin in the same second.
+    mesh.members[17].uplink.public = mesh.members[1].uplink.public;
+    for x in [0, 1, 17] {
         mesh.boot(x);
         mesh.hold(x);
         mesh.turn(x);
     }
-    for y in [1, 2] {
+    for y in [1, 17] {
         mesh.read(0, y, usize::MAX);
     }
     mesh.turn(0);
@@ -195,15 +195,15 @@ fn of_two_peers_at_one_address_with_like_epochs_one_is_served_and_the_other_name
         .map(|(scope, why)| format!("{scope}: {why}"))
         .collect();
     assert!(
-        failures.len() == 1 && failures[0].contains("peer node3") && failures[0].contains("in use for peer node2"),
+        failures.len() == 1 && failures[0].contains("peer node2") && failures[0].contains("in use for peer node18"),
         "{failures:?}"
     );
-    // Node 3 sees node 2's lease, and as the greater name gives way.
-    mesh.read(2, 1, usize::MAX);
-    let versions = |mesh: &Mesh| [mesh.members[1].versions.len(), mesh.members[2].versions.len()];
+    // Node 2 sees node 18's lease, and as the greater name gives way.
+    mesh.read(1, 17, usize::MAX);
+    let versions = |mesh: &Mesh| [mesh.members[1].versions.len(), mesh.members[17].versions.len()];
     mesh.wait(Duration::from_secs(2));
-    assert_eq!(versions(&mesh), [1, 2]);
-    mesh.read(0, 2, usize::MAX);
+    assert_eq!(versions(&mesh), [2, 1]);
+    mesh.read(0, 1, usize::MAX);
     mesh.wait(Duration::from_secs(40));
     let process = mesh.members[0].process.as_ref().expect("it runs");
     assert_eq!(process.reconciler.failures().count(), 0);
@@ -215,4 +215,52 @@ fn of_two_peers_at_one_address_with_like_epochs_one_is_served_and_the_other_name
         sending.collect::<std::collections::BTreeSet<_>>().len()
     });
     assert_eq!(receivers, 2, "both are sent to");
+}
+
+#[test]
+fn nodes_of_different_slots_that_begin_in_one_second_choose_epochs_that_differ_modulo_64() {
+    let mut mesh = Mesh::new("apart", Families::V4);
+    for x in 0..16 {
+        mesh.add();
+        mesh.members[x].settings.encap.mode = EncapMode::Auto;
+        mesh.boot(x);
+        mesh.hold(x);
+        mesh.turn(x);
+    }
+    let epochs = mesh.members.iter().map(|member| {
+        let process = member.process.as_ref().expect("it runs");
+        process.reconciler.node.epoch().expect("one has begun").mod64()
+    });
+    assert_eq!(epochs.collect::<std::collections::BTreeSet<_>>().len(), 16);
+}
+
+#[test]
+fn an_sa_that_another_hand_takes_leaves_its_twin_in_use_until_the_new_epoch_is() {
+    for out in [false, true] {
+        let mut mesh = mesh(EncapMode::Auto);
+        let (sending, receiving) = in_udp(&mesh);
+        let lost = if out { &sending } else { &receiving }[0].id();
+        let twin = xfrm::SaId {
+            spi: lost.spi & !(1 << 31),
+            ..lost
+        };
+        let begun = epoch(&mesh);
+        mesh.members[0].kernel.remove_by_hand(&Key::Sa(lost));
+        mesh.turn(0);
+        let there = |id| {
+            mesh.members[0]
+                .kernel
+                .look(|machine| machine.objects.contains_key(&Key::Sa(id)))
+        };
+        assert!(there(twin), "the twin stays");
+        assert!(!there(lost), "and the lost is not made again");
+        assert!(epoch(&mesh) > begun);
+        mesh.settle();
+        let there = |id| {
+            mesh.members[0]
+                .kernel
+                .look(|machine| machine.objects.contains_key(&Key::Sa(id)))
+        };
+        assert!(!there(twin), "then both are gone");
+    }
 }

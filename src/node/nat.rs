@@ -8,7 +8,7 @@
 
 use std::net::{IpAddr, SocketAddr};
 
-use keys::{Carrier, Epoch, Statement};
+use keys::{Carrier, EncapMode, Epoch, Statement};
 use xfrm::Sa;
 
 use super::{Cause, Known, Node, Peer};
@@ -135,6 +135,14 @@ impl Node {
         let mut theirs = statement.addresses.iter();
         let here = theirs.any(|theirs| public.of_family(*theirs) == Some(*theirs));
         here.then_some(statement.epoch)
+    }
+
+    /// What our next epoch's number had better not be modulo 64, where several nodes may turn out to be behind one NAT: the
+    /// numbers of nodes in other slots.
+    pub fn left_to_others(&self) -> impl Iterator<Item = u8> {
+        let apart = self.settings.encap.mode != EncapMode::Esp;
+        let slot = self.slot().filter(|_| apart);
+        (0..64).filter(move |number| slot.is_some_and(|slot| u32::from(*number) % 16 != slot.get() % 16))
     }
 
     /// What our next epoch's number must not be modulo 64 for the sake of nodes at the same public address.

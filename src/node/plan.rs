@@ -5,7 +5,7 @@ use std::net::{IpAddr, SocketAddr};
 use keys::{Carrier, EncapMode, Statement};
 use xfrm::{Direction, Sa};
 
-use super::{Node, OwnEpoch, Peer};
+use super::{Node, OwnEpoch, Peer, Way};
 use crate::backend::ipsec::{self, Association, NodeFacts, Path, PeerFacts, Through};
 use crate::carrier;
 use crate::epochs::{Data, Generation};
@@ -93,7 +93,12 @@ impl Node {
         let receiving = peer.pair.receiving().map(|sent| (sent.reverse(), Direction::In));
         let mut associations = Vec::new();
         for (generation, direction) in sending.chain(receiving) {
-            for carrier in self.open(peer, generation) {
+            let (born, way) = match direction {
+                Direction::Out => (generation, Way::Out),
+                Direction::In | Direction::Fwd => (generation.reverse(), Way::In),
+            };
+            let whole = |carrier: &&Carrier| !peer.torn.contains(&(born, way, **carrier));
+            for carrier in self.open(peer, generation).iter().filter(whole) {
                 associations.extend(self.association(peer, generation, direction, *carrier));
             }
         }

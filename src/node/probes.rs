@@ -219,12 +219,14 @@ impl Node {
             .collect();
         let alive = |g: &Generation| pair.needs(g.sender) && pair.holds(g.receiver);
         peer.keys.retain(|g, _| used.contains(g) || alive(g));
-        peer.made.retain(|(g, way), _| {
+        let in_use = |g: &Generation, way: &Way| {
             used.contains(&match way {
                 Way::In => g.reverse(),
                 Way::Out => *g,
             })
-        });
+        };
+        peer.made.retain(|(g, way), _| in_use(g, way));
+        peer.torn.retain(|(g, way, _)| in_use(g, way));
         epochs.retain(|epoch, _| pair.holds(*epoch) || used.iter().any(|g| g.receiver == *epoch));
     }
 
