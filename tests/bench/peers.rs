@@ -142,11 +142,16 @@ fn change(rounds: usize, sizes: &[usize]) -> Result<()> {
             for (size, go, results) in &sites {
                 // A thread that ended has said why.
                 let _ = go.send(());
-                let Change { rotate, leave, join } = results.recv().context("a measuring thread ended")??;
+                let Change {
+                    rotate,
+                    leave,
+                    join,
+                    packets,
+                } = results.recv().context("a measuring thread ended")??;
                 if round >= 3 {
                     let line = json!({
                         "peers": size, "rotate": in_milliseconds(rotate), "leave": in_milliseconds(leave),
-                        "join": in_milliseconds(join),
+                        "join": in_milliseconds(join), "packets": in_milliseconds(packets),
                     });
                     println!("{line}");
                 }

@@ -41,9 +41,10 @@ def change(programs, quick):
     sizes = [10, 1000] if quick else [10, 1000, 5000]
     lines = helper(programs.helper, "change", 10 if quick else 40, *sizes)
     of = lambda size, name: [line[name] for line in lines if line["peers"] == size]  # noqa: E731
+    events = {"rotate": "a new epoch", "leave": "a peer leaves", "join": "a peer joins", "packets": "500 packets to a pod"}
     rows = []
     for size in sizes[1:]:
-        for name, what in [("rotate", "a new epoch"), ("leave", "a peer leaves"), ("join", "a peer joins")]:
+        for name, what in events.items():
             rows.append(
                 ratio(f"{what}, among {size:,} peers", "ms", of(size, name), of(10, name), "among 10", ("at most", 1.5))
             )

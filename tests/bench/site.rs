@@ -1,7 +1,9 @@
 //! The measured node: the daemon's real parts, Node, Reconciler and Netlink, in a network namespace of their own.
 
 use std::fs::File;
-use std::net::Ipv4Addr;
+use std::io::Write as _;
+use std::net::{IpAddr, Ipv4Addr, UdpSocket};
+use std::process::{Command, Stdio};
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
@@ -24,6 +26,9 @@ use crate::made_up::{Mesh, Peer};
 
 /// Seconds since 1970 at which the node's epoch begins: the same in every run, so that every run makes the same SPIs.
 const EPOCH: u64 = 1_750_000_000;
+
+/// How many packets are sent for [`Change::packets`].
+const PACKETS: usize = 500;
 
 /// Moves this thread into a network namespace of its own, which lives as long as the file.
 pub(crate) fn enter_new_namespace() -> Result<File> {
@@ -48,11 +53,14 @@ pub(crate) struct Change {
     pub(crate) leave: Duration,
     /// From the lease until data flows.
     pub(crate) join: Duration,
+    /// [`PACKETS`] packets from the node to the peer: looked up, encrypted, out by the uplink.
+    pub(crate) packets: Duration,
 }
 
 impl Site {
-    /// Opens the datapath in the namespace of this thread, within a tokio runtime.
+    /// Opens the datapath in the namespace of this thread, within a tokio runtime. The uplink is a device that swallows.
     pub(crate) fn open(mesh: &Mesh) -> Result<Self> {
+        let index = make_uplink()?;
         let kernel = Netlink::open(&Options { prefer_nft: true })?;
         let events = kernel.events()?;
         let settings = Settings {
@@ -81,8 +89,8 @@ impl Site {
         let node = &mut reconciler.node;
         node.keyed(vec![Arc::clone(&mesh.psk)], Duration::ZERO);
         node.uplinked(Uplink {
-            name: "lo".into(),
-            index: 1,
+            name: UPLINK.into(),
+            index,
             mtu: 1500,
             local: address,
             public: address,
@@ -169,7 +177,41 @@ impl Site {
         self.settle(mesh, std::slice::from_ref(peer))?;
         self.timed(|_| ())?;
         ensure!(self.reconciler.actual().len() == before, "the peer did not come back");
-        Ok(Change { rotate, leave, join })
+        let packets = self.send(peer)?;
+        Ok(Change {
+            rotate,
+            leave,
+            join,
+            packets,
+        })
+    }
+
+    /// Sends to a pod of `peer`; fails where a packet does not leave as ESP.
+    fn send(&mut self, peer: &Peer) -> Result<Duration> {
+        let IpAddr::V4(base) = peer.base()? else {
+            bail!("an IPv4 mesh")
+        };
+        let pod = Ipv4Addr::from(u32::from(base) + 5);
+        let socket = UdpSocket::bind((Ipv4Addr::UNSPECIFIED, 0))?;
+        socket.connect((pod, 9))?;
+        let sent = |site: &mut Self| {
+            site.reconciler
+                .counters()
+                .values()
+                .map(|count| count.packets)
+                .sum::<u64>()
+        };
+        let before = sent(self);
+        let began = Instant::now();
+        for _ in 0..PACKETS {
+            socket.send(&[0; 64]).context("send to a pod")?;
+        }
+        let took = began.elapsed();
+        ensure!(
+            sent(self) == before + PACKETS as u64,
+            "not every packet went through an SA"
+        );
+        Ok(took)
     }
 
     /// A peer's new lease and its first probe, until data goes on its new epoch.
@@ -223,6 +265,23 @@ impl Site {
         }
         Ok(())
     }
+}
+
+/// The node's uplink.
+const UPLINK: &str = "up0";
+
+/// Makes the uplink, with a way to every peer; returns its index.
+fn make_uplink() -> Result<u32> {
+    let commands = "link add up0 type dummy\naddress add 192.168.77.1/24 dev up0\nlink set up0 up\nlink set lo up\n\
+                    route add default dev up0\n";
+    let mut ip = Command::new("ip")
+        .args(["-batch", "-"])
+        .stdin(Stdio::piped())
+        .spawn()
+        .context("run ip")?;
+    ip.stdin.take().context("its input")?.write_all(commands.as_bytes())?;
+    ensure!(ip.wait()?.success(), "ip could not make {UPLINK}");
+    Ok(nix::net::if_::if_nametoindex(UPLINK)?)
 }
 
 /// What the namespace of this thread holds of peers, without the generations that only its maker knows.
