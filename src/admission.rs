@@ -233,10 +233,12 @@ impl fmt::Display for Claim {
 /// Who claims what. One node's change costs as much as the claims it shares.
 #[derive(Debug, Default)]
 pub struct Claims {
-    by_node: BTreeMap<NodeName, BTreeSet<Claim>>,
+    /// In their order, each once.
+    by_node: BTreeMap<NodeName, Box<[Claim]>>,
     /// Nodes that take plain ESP alone, and so need an address of their own. Behind one NAT, UDP tells nodes apart.
     plain: BTreeSet<NodeName>,
-    by_claim: BTreeMap<Claim, BTreeSet<NodeName>>,
+    /// One node nearly always: a list takes the least room.
+    by_claim: BTreeMap<Claim, Vec<NodeName>>,
 }
 
 impl Claims {
@@ -258,9 +260,9 @@ impl Claims {
         for claim in claims.iter().filter(|_| changed) {
             touched.extend(self.by_claim.get(claim).into_iter().flatten().cloned());
         }
-        for gone in before.difference(&claims) {
+        for gone in before.iter().filter(|claim| !claims.contains(claim)) {
             if let Some(nodes) = self.by_claim.get_mut(gone) {
-                nodes.remove(node);
+                nodes.retain(|other| other != node);
                 touched.extend(nodes.iter().cloned());
                 if nodes.is_empty() {
                     self.by_claim.remove(gone);
@@ -268,13 +270,14 @@ impl Claims {
             }
         }
         for claim in &claims {
-            let nodes = self.by_claim.entry(*claim).or_default();
-            if nodes.insert(node.clone()) {
+            let nodes = self.by_claim.entry(*claim).or_insert_with(|| Vec::with_capacity(1));
+            if !nodes.contains(node) {
                 touched.extend(nodes.iter().cloned());
+                nodes.push(node.clone());
             }
         }
         if !claims.is_empty() {
-            self.by_node.insert(node.clone(), claims);
+            self.by_node.insert(node.clone(), claims.into_iter().collect());
         }
         touched.remove(node);
         touched

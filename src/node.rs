@@ -84,12 +84,6 @@ struct OwnEpoch {
     ages: Duration,
 }
 
-#[derive(Debug)]
-struct PeerEpoch {
-    statement: Statement,
-    encoded: Encoded,
-}
-
 /// The keys of one pair of epochs.
 #[derive(Debug)]
 struct Keys {
@@ -118,10 +112,11 @@ enum Way {
 struct Peer {
     slot: Slot,
     subnets: Subnets,
-    epochs: BTreeMap<Epoch, PeerEpoch>,
+    /// Its statements. A map has room for eleven values from its first on, so large ones stand outside of it.
+    epochs: BTreeMap<Epoch, Arc<Admitted>>,
     pair: Pair,
     /// By the sending generation.
-    keys: BTreeMap<Generation, Keys>,
+    keys: BTreeMap<Generation, Box<Keys>>,
     leftovers: BTreeMap<SaId, Sa>,
     /// On which carriers the kernel has a generation's SA.
     made: BTreeMap<(Generation, Way), BTreeSet<Carrier>>,
@@ -143,7 +138,7 @@ struct Peer {
 #[derive(Debug)]
 struct Known {
     lease: Arc<Lease>,
-    admitted: Option<Admitted>,
+    admitted: Option<Arc<Admitted>>,
     /// The lease that what is admitted was read from.
     proof: Option<Arc<Lease>>,
     refusal: Option<Refusal>,
@@ -198,7 +193,7 @@ pub struct Node {
     own: BTreeMap<Epoch, OwnEpoch>,
     known: BTreeMap<NodeName, Known>,
     claims: Claims,
-    peers: BTreeMap<NodeName, Peer>,
+    peers: BTreeMap<NodeName, Box<Peer>>,
     bases: BTreeMap<IpAddr, NodeName>,
     due: BTreeSet<(Duration, NodeName)>,
     leftovers: BTreeMap<Slot, Leftover>,
@@ -288,6 +283,7 @@ impl Node {
                 known.lease = lease.clone();
                 match verdict {
                     Ok(admitted) => {
+                        let admitted = Arc::new(admitted);
                         known.refusal = None;
                         let newest = known.admitted.as_ref().map(|held| held.statement.epoch);
                         match newest {
@@ -346,7 +342,7 @@ impl Node {
         }
     }
 
-    fn serve(&mut self, name: &NodeName, admitted: Admitted, now: Duration) {
+    fn serve(&mut self, name: &NodeName, admitted: Arc<Admitted>, now: Duration) {
         if self.peers.get(name).is_some_and(|peer| peer.slot != admitted.slot) {
             self.drop_peer(name);
         }
@@ -389,11 +385,10 @@ impl Node {
                 round_trip: None,
                 trouble: None,
             };
-            self.peers.insert(name.clone(), peer);
+            self.peers.insert(name.clone(), Box::new(peer));
         }
         let peer = self.peers.get_mut(name).expect("it was just put in");
-        let Admitted { statement, encoded, .. } = admitted;
-        let epoch = statement.epoch;
+        let epoch = admitted.statement.epoch;
         if peer.epochs.contains_key(&epoch) {
             return;
         }
@@ -403,7 +398,7 @@ impl Node {
             }
             return;
         }
-        peer.epochs.insert(epoch, PeerEpoch { statement, encoded });
+        peer.epochs.insert(epoch, admitted);
         self.retimed(name, |peer| peer.schedule = Schedule::at_once(now));
         self.dirty.insert(Scope::Peer(name.clone()));
     }

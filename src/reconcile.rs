@@ -50,7 +50,8 @@ pub struct Reconciler<D> {
     kernel: D,
     actual: Objects,
     owner: BTreeMap<Key, Scope>,
-    owned: BTreeMap<Scope, BTreeSet<Key>>,
+    /// In their order. A list: a set has room for eleven keys from its first on, in every scope.
+    owned: BTreeMap<Scope, Vec<Key>>,
     failing: BTreeMap<Scope, Failing>,
     /// Peers whose SA would be another's, of this pass.
     alike: BTreeMap<Scope, String>,
@@ -423,13 +424,13 @@ impl<D: Datapath> Reconciler<D> {
                 desired.remove(&key);
             }
         }
-        let mut owned = self.owned.remove(scope).unwrap_or_default();
+        let mut owned: BTreeSet<Key> = self.owned.remove(scope).into_iter().flatten().collect();
         for key in desired.keys() {
             if let Some(other) = self.owner.insert(key.clone(), scope.clone())
                 && other != *scope
                 && let Some(keys) = self.owned.get_mut(&other)
             {
-                keys.remove(key);
+                keys.retain(|held| held != key);
             }
         }
         let ops = diff(&desired, &owned, &self.actual);
@@ -442,7 +443,7 @@ impl<D: Datapath> Reconciler<D> {
         });
         owned.extend(desired.into_keys());
         if !owned.is_empty() {
-            self.owned.insert(scope.clone(), owned);
+            self.owned.insert(scope.clone(), owned.into_iter().collect());
         }
         ops
     }
@@ -557,7 +558,7 @@ impl<D: Datapath> Reconciler<D> {
                     self.owner.remove(&key);
                 }
                 if let Some(owned) = self.owned.get_mut(scope) {
-                    owned.remove(&key);
+                    owned.retain(|held| *held != key);
                     if owned.is_empty() {
                         self.owned.remove(scope);
                     }

@@ -96,11 +96,11 @@ impl Node {
                 };
                 peer.keys.insert(
                     sending,
-                    Keys {
+                    Box::new(Keys {
                         outbound,
                         inbound,
                         probe,
-                    },
+                    }),
                 );
                 Some(())
             }
