@@ -230,6 +230,17 @@ impl fmt::Display for Claim {
     }
 }
 
+fn claims(statement: &Statement, slot: Slot) -> BTreeSet<Claim> {
+    let subnets = statement.subnets.iter().map(|net| Claim::Subnet(slot, *net));
+    let addresses = statement.addresses.iter().map(|address| Claim::Address(*address));
+    let key = std::iter::once(Claim::Key(statement.public));
+    subnets.chain(addresses).chain(key).collect()
+}
+
+fn is_plain(statement: &Statement) -> bool {
+    statement.encap.mode == EncapMode::Esp
+}
+
 /// Who claims what. One node's change costs as much as the claims it shares.
 #[derive(Debug, Default)]
 pub struct Claims {
@@ -244,13 +255,8 @@ pub struct Claims {
 impl Claims {
     /// Sets what `node` claims (nothing, where it left) and returns the nodes whose conflicts may have changed.
     pub fn set(&mut self, node: &NodeName, statement: Option<(&Statement, Slot)>) -> BTreeSet<NodeName> {
-        let mut claims = BTreeSet::new();
-        if let Some((statement, slot)) = statement {
-            claims.extend(statement.subnets.iter().map(|net| Claim::Subnet(slot, *net)));
-            claims.extend(statement.addresses.iter().map(|address| Claim::Address(*address)));
-            claims.insert(Claim::Key(statement.public));
-        }
-        let plain = statement.is_some_and(|(statement, _)| statement.encap.mode == EncapMode::Esp);
+        let claims = statement.map(|(statement, slot)| claims(statement, slot)).unwrap_or_default();
+        let plain = statement.is_some_and(|(statement, _)| is_plain(statement));
         let changed = match plain {
             true => self.plain.insert(node.clone()),
             false => self.plain.remove(node),
@@ -281,6 +287,17 @@ impl Claims {
         }
         touched.remove(node);
         touched
+    }
+
+    /// The nodes that would be in conflict with `statement`.
+    pub fn holders(&self, statement: &Statement, slot: Slot) -> BTreeSet<NodeName> {
+        let mut found = BTreeSet::new();
+        for claim in claims(statement, slot) {
+            let nodes = self.by_claim.get(&claim).into_iter().flatten();
+            let shared = matches!(claim, Claim::Address(_)) && !is_plain(statement);
+            found.extend(nodes.filter(|node| !shared || self.plain.contains(*node)).cloned());
+        }
+        found
     }
 
     /// The first conflict that `node` is part of.

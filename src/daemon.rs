@@ -48,7 +48,10 @@ pub fn run(flags: &Flags) -> Result<(), StartError> {
         .enable_all()
         .build()
         .context("start the runtime")?;
-    runtime.block_on(start(flags))
+    let outcome = runtime.block_on(start(flags));
+    // A file system that does not answer must not keep the process from ending.
+    runtime.shutdown_background();
+    outcome
 }
 
 async fn start(flags: &Flags) -> Result<(), StartError> {
@@ -59,7 +62,8 @@ async fn start(flags: &Flags) -> Result<(), StartError> {
     let _single = Single::claim(&flags.run_dir).context("be this node's only daemon")?;
     let crate::config::flags::Store::Dir(folder) = flags.store().map_err(|e| wrong(e.into()))?;
     let store = Store::open_dir(&folder).await.context("open the store")?;
-    let conf = sources::net_conf(flags, &store).await.map_err(wrong)?;
+    let stored = store.config().await.map_err(|e| wrong(e.into()))?;
+    let conf = sources::net_conf(flags, stored).map_err(wrong)?;
     for warning in &conf.warnings {
         warn!("{warning}");
     }

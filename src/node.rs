@@ -32,6 +32,7 @@ mod plan;
 mod probes;
 mod psks;
 pub mod report;
+mod vanished;
 
 use nat::{Learned, Mapping};
 pub use pace::Cause;
@@ -142,6 +143,10 @@ struct Known {
     /// The lease that what is admitted was read from.
     proof: Option<Arc<Lease>>,
     refusal: Option<Refusal>,
+    /// Whether the store has the lease now.
+    stored: bool,
+    /// Since when the lease that was admitted is gone, where the peer is served on.
+    vanished: Option<Duration>,
 }
 
 impl Known {
@@ -193,6 +198,8 @@ pub struct Node {
     own: BTreeMap<Epoch, OwnEpoch>,
     known: BTreeMap<NodeName, Known>,
     claims: Claims,
+    /// What peers claimed whose leases have vanished and that are served on.
+    bygone: Claims,
     peers: BTreeMap<NodeName, Box<Peer>>,
     bases: BTreeMap<IpAddr, NodeName>,
     due: BTreeSet<(Duration, NodeName)>,
@@ -216,6 +223,7 @@ impl Node {
             own: BTreeMap::new(),
             known: BTreeMap::new(),
             claims: Claims::default(),
+            bygone: Claims::default(),
             peers: BTreeMap::new(),
             bases: BTreeMap::new(),
             due: BTreeSet::new(),
@@ -262,16 +270,13 @@ impl Node {
         }
     }
 
-    /// The lease of `name` is this now; `None` where it left.
+    /// The lease of `name` is this now; `None` where it is gone.
     pub fn leased(&mut self, name: &NodeName, lease: Option<&Arc<Lease>>, now: Duration) {
         if *name == self.settings.name {
             return;
         }
         let touched = match lease {
-            None => {
-                self.known.remove(name);
-                self.claims.set(name, None)
-            }
+            None => self.vanish(name, now),
             Some(lease) => {
                 let verdict = admission::verify(lease, &self.settings.network, self.psks.all());
                 let known = self.known.entry(name.clone()).or_insert_with(|| Known {
@@ -279,8 +284,10 @@ impl Node {
                     admitted: None,
                     proof: None,
                     refusal: None,
+                    stored: true,
+                    vanished: None,
                 });
-                known.lease = lease.clone();
+                (known.lease, known.stored) = (lease.clone(), true);
                 match verdict {
                     Ok(admitted) => {
                         let admitted = Arc::new(admitted);
@@ -298,7 +305,10 @@ impl Node {
                             }
                             _ => {
                                 let touched = self.claims.set(name, Some((&admitted.statement, admitted.slot)));
-                                (known.admitted, known.proof) = (Some(admitted), Some(lease.clone()));
+                                (known.admitted, known.proof) = (Some(admitted.clone()), Some(lease.clone()));
+                                known.vanished = None;
+                                self.bygone.set(name, None);
+                                self.make_way(&admitted.statement, admitted.slot);
                                 touched
                             }
                         }
@@ -519,6 +529,7 @@ impl Node {
         };
         self.pace.began(before, now);
         let touched = self.claims.set(&self.settings.name.clone(), Some((&statement, slot)));
+        self.make_way(&statement, slot);
         let ages = now + self.settings.rekey_after.mul_f64(1.0 - jitter.clamp(0.0, 1.0) / 10.0);
         self.own.insert(
             number,

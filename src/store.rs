@@ -5,8 +5,8 @@
 //! the subnet back with [`Store::release`].
 //!
 //! Two facts to know before using it. A store that can't be reached is an outage, never an empty roster: the roster
-//! stays as it was, [`Store::health`] says so, and the store is picked up when it is back. And no call here tries
-//! again: an error says whether that is worthwhile ([`StoreError::is_transient`]), the caller has the loop.
+//! stays as it was, [`Store::health`] says so, and the store is picked up when it is back. One that does not answer at
+//! all keeps the call waiting, and nothing else: [`Store::health`] says that too. And no call here tries again: an error says whether that is worthwhile ([`StoreError::is_transient`]), the caller has the loop.
 //!
 //! A node whose own lease is no longer in the roster publishes it again; a store does not do that by itself, since only
 //! the caller knows the statement that is right by then.
@@ -22,7 +22,7 @@ mod tests;
 
 use std::io;
 use std::path::{Path, PathBuf};
-use std::time::SystemTime;
+use std::time::{Duration, Instant};
 
 use keys::Slot;
 use nix::errno::Errno;
@@ -75,7 +75,14 @@ pub struct Trouble {
     /// The last error, with its causes.
     pub error: String,
     /// When the first of an unbroken row of errors came.
-    pub since: SystemTime,
+    pub since: Instant,
+}
+
+impl Trouble {
+    /// How long already, at `now`.
+    pub fn lasts(&self, now: Instant) -> Duration {
+        now.saturating_duration_since(self.since)
+    }
 }
 
 /// Why a store did not do what was asked. What it holds is unchanged, except where a variant says otherwise.
@@ -106,13 +113,15 @@ pub enum StoreError {
         /// To which file or folder.
         path: PathBuf,
     },
-    /// The disk or the quota is full.
-    #[error("{doing} {}: no space is left (ENOSPC): free some there", .path.display())]
+    /// The disk, its inodes or the quota are used up.
+    #[error("{doing} {}: no space, or no inode, is left there ({errno:?}): free some, or raise the quota", .path.display())]
     Full {
         /// What was being done.
         doing: &'static str,
         /// To which file or folder.
         path: PathBuf,
+        /// ENOSPC or EDQUOT.
+        errno: Errno,
     },
     /// Another process has held the folder's lock for long.
     #[error("{} has been locked by another process for {seconds} s: `lsof {}` names it", .path.display(), .path.display())]
@@ -223,7 +232,7 @@ impl StoreError {
         match source.raw_os_error().map(Errno::from_raw) {
             Some(Errno::EACCES | Errno::EPERM) => Self::Denied { doing, path },
             Some(Errno::EROFS) => Self::ReadOnly { doing, path },
-            Some(Errno::ENOSPC | Errno::EDQUOT) => Self::Full { doing, path },
+            Some(errno @ (Errno::ENOSPC | Errno::EDQUOT)) => Self::Full { doing, path, errno },
             _ => Self::Io { doing, path, source },
         }
     }

@@ -1,6 +1,7 @@
 //! Answers to what the verbs ask of the running daemon.
 
 use std::collections::BTreeMap;
+use std::time::Instant;
 
 use tracing::debug;
 
@@ -41,7 +42,8 @@ fn status(turn: &mut Turn) -> Report {
     let health = turn.inputs.health.borrow();
     for (what, trouble) in [("read", &health.reading), ("written", &health.writing)] {
         if let Some(trouble) = trouble {
-            problem(format!("the store can't be {what}: {}", trouble.error));
+            let lasts = trouble.lasts(Instant::now()).as_secs();
+            problem(format!("the store can't be {what} for {lasts} s now: {}", trouble.error));
         }
     }
     if let Some(error) = turn.inputs.psks.borrow().error.as_ref() {

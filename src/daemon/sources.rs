@@ -33,10 +33,10 @@ const SLOWEST: Duration = Duration::from_secs(30);
 /// How often the store's health is looked at.
 const PULSE: Duration = Duration::from_secs(1);
 
-/// The configuration: the store's, else the file of `--net-config-path`.
-pub(super) async fn net_conf(flags: &Flags, store: &Store) -> Result<NetConf> {
+/// The configuration: what is `stored`, else the file of `--net-config-path`.
+pub(super) fn net_conf(flags: &Flags, stored: Option<String>) -> Result<NetConf> {
     let psk_file = flags.psk_file.as_deref();
-    match store.config().await? {
+    match stored {
         Some(json) => {
             let json = Zeroizing::new(json);
             Ok(NetConf::parse(
@@ -104,7 +104,9 @@ pub(super) async fn follow_conf(
             }
             () = sleep(LOOK) => {}
         }
-        let read = net_conf(&flags, &store).await.and_then(|conf| {
+        // As it was read last: a store that does not answer must not keep new keys from being taken.
+        let stored = changes.borrow_and_update().clone();
+        let read = net_conf(&flags, stored).and_then(|conf| {
             let ipsec = conf.backend.served()?.clone();
             let advertisements = current.borrow().advertisements;
             let wanted = settings(&flags, &conf, &ipsec, advertisements);
@@ -190,8 +192,7 @@ impl Keeper {
             let wanted = lease.borrow_and_update().clone();
             let outcome = match &wanted {
                 Some(wanted) if roster.borrow_and_update().get(&self.node).map(|held| &**held) != Some(wanted) => self
-                    .store
-                    .publish(wanted)
+                    .pulsing(&health, self.store.publish(wanted))
                     .await
                     .map(|()| info!(lease = %wanted.subnets, "published")),
                 _ => Ok(()),
@@ -231,6 +232,17 @@ impl Keeper {
         }
     }
 
+    /// Awaits a call of the store, which may take as long as its file system likes, and goes on telling of its health.
+    async fn pulsing<T>(&self, health: &watch::Sender<Health>, call: impl Future<Output = T>) -> T {
+        tokio::pin!(call);
+        loop {
+            tokio::select! {
+                outcome = &mut call => return outcome,
+                () = sleep(PULSE) => self.pulse(health),
+            }
+        }
+    }
+
     fn pulse(&self, health: &watch::Sender<Health>) {
         let now = self.store.health();
         health.send_if_modified(|before| {
@@ -261,7 +273,8 @@ impl Keeper {
                 public,
                 random: u64::from_be_bytes(random),
             };
-            match self.store.acquire(&self.node, &self.network, &claim).await {
+            let acquired = self.store.acquire(&self.node, &self.network, &claim);
+            match self.pulsing(health, acquired).await {
                 Ok(held) => return Ok(held),
                 Err(error) if !error.is_transient() => return Err(error).context("take a subnet"),
                 Err(error) => {

@@ -142,10 +142,15 @@ impl Node {
                 break;
             }
             self.due.pop_first();
+            if let Some(peer) = self.peers.get_mut(&name) {
+                peer.queued = None;
+            }
+            if self.let_go(&name, now) {
+                continue;
+            }
             let Some(peer) = self.peers.get_mut(&name) else {
                 continue;
             };
-            peer.queued = None;
             if peer.pair.tick(now) {
                 self.dirty.insert(Scope::Peer(name.clone()));
             }
@@ -199,6 +204,11 @@ impl Node {
             }
             _ => (open, peer.pair.settled().then_some(SETTLED)),
         };
+        // One without a lease is served by its answers alone.
+        let rest = match self.known.get(name).and_then(|known| known.vanished) {
+            Some(_) => rest.filter(|_| !self.unsure(name)).map(|rest| rest.min(SETTLED)),
+            None => rest,
+        };
         for carrier in carriers {
             self.ticket += 1;
             out.extend(self.datagram(name, true, *carrier, self.ticket, now));
@@ -249,9 +259,9 @@ impl Node {
     pub(super) fn retimed(&mut self, name: &NodeName, change: impl FnOnce(&mut Peer)) {
         let Some(peer) = self.peers.get_mut(name) else { return };
         change(peer);
-        let probe = peer.schedule.due();
-        let deadlines = peer.pair.deadline().into_iter().chain(peer.choice.deadline());
-        let due = deadlines.fold(probe, Duration::min);
+        let let_go = self.known.get(name).and_then(|known| known.let_go(&peer.pair));
+        let deadlines = [peer.pair.deadline(), peer.choice.deadline(), let_go];
+        let due = deadlines.into_iter().flatten().fold(peer.schedule.due(), Duration::min);
         if let Some(queued) = peer.queued.replace(due) {
             self.due.remove(&(queued, name.clone()));
         }

@@ -200,7 +200,11 @@ impl Node {
                     self.reconsider(&other, now);
                 }
             }
-            self.leased(&name, Some(&lease), now);
+            match self.known.get(&name) {
+                Some(known) if known.stored => self.leased(&name, Some(&lease), now),
+                Some(known) if known.admitted.is_none() => self.forget(&name),
+                Some(_) | None => {}
+            }
         }
     }
 

@@ -213,6 +213,12 @@ impl Node {
             report.reason = Some(format!(
                 "the newest lease is refused, its last good one serves: {refusal}"
             ));
+        } else if let Some(since) = known.vanished {
+            report.reason = Some(format!(
+                "its lease is gone from the store for {} s, and it is served while it answers: look at the store; to \
+                 let it go, stop its daemon",
+                now.saturating_sub(since).as_secs()
+            ));
         }
         for key in self.desired(&crate::kernel::Scope::Peer(name.clone())).keys() {
             let crate::kernel::Key::Sa(id) = key else { continue };

@@ -10,9 +10,10 @@
 //! remote file system) the whole folder is gone through, at the latest every [`REREAD`]; files with the same stamp are
 //! not read again then.
 
-use std::collections::BTreeSet;
+use std::collections::{BTreeMap, BTreeSet};
 use std::ffi::{OsStr, OsString};
 use std::path::{Path, PathBuf};
+use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard};
 use std::time::{Duration, Instant, SystemTime};
 
@@ -31,6 +32,8 @@ use crate::lease::{Lease, Network, NodeName, Roster, Subnets};
 pub const REREAD: Duration = Duration::from_secs(30);
 /// How often a folder that can't be read, or not be watched, is looked at.
 const RETRY: Duration = Duration::from_secs(1);
+/// A file system that takes longer over one operation of ours is said not to answer.
+const SLOW: Duration = Duration::from_secs(3);
 
 /// A folder of leases, watched. Cheap to clone; the last clone to go stops the watching.
 #[derive(Clone, Debug)]
@@ -47,6 +50,8 @@ struct Shared {
     roster: watch::Sender<Roster>,
     config: watch::Sender<Option<String>>,
     health: Mutex<Health>,
+    /// What is being done, and since when.
+    pending: Mutex<BTreeMap<u64, (Half, Instant)>>,
 }
 
 #[derive(Debug)]
@@ -59,7 +64,7 @@ impl Drop for Watcher {
 }
 
 /// Which half of [`Health`] an outcome belongs to.
-#[derive(Clone, Copy)]
+#[derive(Clone, Copy, Debug, Eq, PartialEq)]
 enum Half {
     Reading,
     Writing,
@@ -76,13 +81,14 @@ impl Dir {
             roster: watch::Sender::new(Roster::default()),
             config: watch::Sender::new(None),
             health: Mutex::default(),
+            pending: Mutex::default(),
         });
         // Before the first reading, so that no change falls between.
         let mut watch = FolderWatch::new();
         watch.attach(path);
-        let reading = shared.clone();
-        blocking(move || reading.read(&Scope::All)).await?;
-        let _watcher = Arc::new(Watcher(tokio::spawn(follow(shared.clone(), watch)).abort_handle()));
+        let settles = shared.blocking(Half::Reading, |shared| shared.read(&Scope::All)).await?;
+        let following = tokio::spawn(follow(shared.clone(), watch, settles));
+        let _watcher = Arc::new(Watcher(following.abort_handle()));
         Ok(Self { shared, _watcher })
     }
 
@@ -95,12 +101,25 @@ impl Dir {
     }
 
     pub(super) fn health(&self) -> Health {
-        self.shared.health().clone()
+        let mut health = self.shared.health().clone();
+        for (half, since) in self.shared.pending().values() {
+            if since.elapsed() > SLOW {
+                let trouble = match half {
+                    Half::Reading => &mut health.reading,
+                    Half::Writing => &mut health.writing,
+                };
+                trouble.get_or_insert_with(|| Trouble {
+                    error: format!("the file system of {} does not answer", self.shared.path.display()),
+                    since: *since,
+                });
+            }
+        }
+        health
     }
 
     pub(super) async fn config(&self) -> Result<Option<String>, StoreError> {
-        let shared = self.shared.clone();
-        blocking(move || Folder::open(&shared.path)?.config()).await
+        let read = |shared: &Shared| Folder::open(&shared.path)?.config();
+        self.shared.blocking(Half::Reading, read).await
     }
 
     pub(super) async fn acquire(&self, node: &NodeName, network: &Network, claim: &Claim) -> Result<Held, StoreError> {
@@ -129,30 +148,53 @@ impl Dir {
         &self,
         action: impl FnOnce(&Shared) -> Result<T, StoreError> + Send + 'static,
     ) -> Result<T, StoreError> {
-        let shared = self.shared.clone();
-        blocking(move || {
-            let outcome = action(&shared);
+        let noted = |shared: &Shared| {
+            let outcome = action(shared);
             shared.note(Half::Writing, outcome.as_ref().err());
             outcome
-        })
-        .await
-    }
-}
-
-/// Runs `action` where it may wait for a disk.
-async fn blocking<T: Send + 'static>(
-    action: impl FnOnce() -> Result<T, StoreError> + Send + 'static,
-) -> Result<T, StoreError> {
-    match spawn_blocking(action).await {
-        Ok(outcome) => outcome,
-        Err(failed) => match failed.try_into_panic() {
-            Ok(panic) => std::panic::resume_unwind(panic),
-            Err(_) => Err(StoreError::Stopped),
-        },
+        };
+        self.shared.blocking(Half::Writing, noted).await
     }
 }
 
 impl Shared {
+    /// Runs `action` where it may wait for a disk, for ever if need be: whoever awaits it waits, nobody else does.
+    async fn blocking<T: Send + 'static>(
+        self: &Arc<Self>,
+        half: Half,
+        action: impl FnOnce(&Self) -> Result<T, StoreError> + Send + 'static,
+    ) -> Result<T, StoreError> {
+        static NUMBER: AtomicU64 = AtomicU64::new(0);
+        let (shared, number) = (self.clone(), NUMBER.fetch_add(1, Ordering::Relaxed));
+        self.pending().insert(number, (half, Instant::now()));
+        let mut task = spawn_blocking(move || {
+            let outcome = action(&shared);
+            shared.pending().remove(&number);
+            outcome
+        });
+        let ended = match tokio::time::timeout(SLOW, &mut task).await {
+            Ok(ended) => ended,
+            Err(_) => {
+                warn!(store = %self.path.display(), "the lease store's file system does not answer; going on with what is known");
+                let ended = task.await;
+                info!(store = %self.path.display(), "the lease store's file system answers again");
+                ended
+            }
+        };
+        match ended {
+            Ok(outcome) => outcome,
+            Err(failed) => match failed.try_into_panic() {
+                Ok(panic) => std::panic::resume_unwind(panic),
+                Err(_) => Err(StoreError::Stopped),
+            },
+        }
+    }
+
+    fn pending(&self) -> MutexGuard<'_, BTreeMap<u64, (Half, Instant)>> {
+        self.pending.lock().expect("no holder of the list panics")
+    }
+
+    /// To be called where waiting is allowed: its holder may be waiting for a disk.
     fn mirror(&self) -> MutexGuard<'_, Mirror> {
         self.mirror.lock().expect("no reader of the folder panics")
     }
@@ -161,14 +203,14 @@ impl Shared {
         self.health.lock().expect("no writer of the health panics")
     }
 
-    /// Brings the roster up to date with the folder.
-    fn read(&self, scope: &Scope) -> Result<(), StoreError> {
+    /// Brings the roster up to date with the folder. Returns when losses that are doubted are to be looked at again.
+    fn read(&self, scope: &Scope) -> Result<Option<Instant>, StoreError> {
         let outcome = self.try_read(scope);
         self.note(Half::Reading, outcome.as_ref().err());
         outcome
     }
 
-    fn try_read(&self, scope: &Scope) -> Result<(), StoreError> {
+    fn try_read(&self, scope: &Scope) -> Result<Option<Instant>, StoreError> {
         let now = Instant::now();
         let folder = Folder::open(&self.path)?;
         let mut mirror = self.mirror();
@@ -184,6 +226,7 @@ impl Shared {
         };
         mirror.settle(&folder, now);
         mirror.publish(&self.roster);
+        let settles = mirror.settles_at();
         drop(mirror);
         if config {
             let config = folder.config()?;
@@ -193,7 +236,7 @@ impl Shared {
                 differs
             });
         }
-        Ok(())
+        Ok(settles)
     }
 
     /// Keeps the health, and says once what changed in it.
@@ -209,7 +252,7 @@ impl Shared {
                     warn!(store = %self.path.display(), error, "can't {what} the lease store; going on with what is known");
                 }
                 *trouble = Some(Trouble {
-                    since: before.map_or_else(SystemTime::now, |before| before.since),
+                    since: before.map_or_else(Instant::now, |before| before.since),
                     error,
                 });
             }
@@ -491,13 +534,12 @@ fn fitting(network: &Network, lease: &Lease) -> Option<Held> {
 }
 
 /// Keeps the roster up to date until it is aborted.
-async fn follow(shared: Arc<Shared>, mut watch: FolderWatch) {
+async fn follow(shared: Arc<Shared>, mut watch: FolderWatch, mut settles: Option<Instant>) {
     let mut reread = Instant::now() + REREAD;
     loop {
         let failing = shared.health().reading.is_some();
         let retry = (failing || !watch.is_attached()).then(|| Instant::now() + RETRY);
-        let settles = shared.mirror().settles_at().filter(|_| !failing);
-        let wake = [Some(reread), retry, settles]
+        let wake = [Some(reread), retry, settles.filter(|_| !failing)]
             .into_iter()
             .flatten()
             .min()
@@ -514,9 +556,10 @@ async fn follow(shared: Arc<Shared>, mut watch: FolderWatch) {
             watch.attach(&shared.path);
             reread = Instant::now() + REREAD;
         }
-        let reader = shared.clone();
-        if let Err(StoreError::Stopped) = blocking(move || reader.read(&scope)).await {
-            return;
+        match shared.blocking(Half::Reading, move |shared| shared.read(&scope)).await {
+            Ok(at) => settles = at,
+            Err(StoreError::Stopped) => return,
+            Err(_) => {}
         }
     }
 }

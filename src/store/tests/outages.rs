@@ -9,6 +9,7 @@ use nix::sched::{CloneFlags, unshare};
 use serde_json::json;
 
 use super::*;
+use crate::store::Health;
 
 #[tokio::test]
 async fn a_missing_folder_is_an_outage_and_a_recreated_one_is_picked_up() {
@@ -118,6 +119,42 @@ fn on_own_mount(size: &str, test: impl AsyncFnOnce(&Path) + Send) {
     });
 }
 
+/// A file system on `path` that answers nothing until it is dropped; then every call there fails, those that wait too.
+struct Silent(fs::File);
+
+impl Silent {
+    fn mount(path: &Path) -> Self {
+        let fuse = fs::File::options().read(true).write(true).open("/dev/fuse").unwrap();
+        let fd = std::os::fd::AsRawFd::as_raw_fd(&fuse);
+        let options = format!("fd={fd},rootmode=40000,user_id=0,group_id=0");
+        let text = |text: &str| std::ffi::CString::new(text).unwrap();
+        let (source, target, kind, options) = (
+            text("silent"),
+            text(path.to_str().unwrap()),
+            text("fuse"),
+            text(&options),
+        );
+        // SAFETY: four strings that end with zero and outlive the call.
+        let mounted = unsafe {
+            nix::libc::mount(
+                source.as_ptr(),
+                target.as_ptr(),
+                kind.as_ptr(),
+                0,
+                options.as_ptr().cast(),
+            )
+        };
+        assert_eq!(mounted, 0, "{}", std::io::Error::last_os_error());
+        Self(fuse)
+    }
+
+    fn end(self, path: &Path) {
+        drop(self.0);
+        let gone = std::process::Command::new("umount").arg("-l").arg(path).status();
+        assert!(gone.unwrap().success());
+    }
+}
+
 fn mount(args: &[&str], path: &Path) {
     let status = std::process::Command::new("mount")
         .args(args)
@@ -221,4 +258,67 @@ fn an_unmounted_store_is_an_outage_and_not_an_empty_roster() {
         until(&mut roster, |roster| roster.get(&node("b")).is_some()).await;
         until_readable(&store).await;
     });
+}
+
+#[test]
+fn a_file_system_that_does_not_answer_is_named_and_stops_nothing_else() {
+    on_own_mount("1m", async |path| {
+        let store = Store::open_dir(path).await.unwrap();
+        store.acquire(&node("a"), &network(), &claim(0)).await.unwrap();
+        let mine = lease("a", "10.244.1.0-24");
+        store.publish(&mine).await.unwrap();
+        let silent = Silent::mount(path);
+        let began = std::time::Instant::now();
+        let publishing = tokio::spawn({
+            let (store, newer) = (store.clone(), with_data(&mine, json!("newer")));
+            async move { store.publish(&newer).await }
+        });
+        let mut longest = Duration::ZERO;
+        while store.health().writing.is_none() {
+            let before = std::time::Instant::now();
+            tokio::time::sleep(Duration::from_millis(5)).await;
+            longest = longest.max(before.elapsed());
+            assert!(began.elapsed() < Duration::from_secs(10), "it is named");
+        }
+        assert!(longest < Duration::from_secs(1), "the runtime stood still for {longest:?}");
+        let trouble = store.health().writing.unwrap();
+        assert!(trouble.error.ends_with("does not answer"), "{}", trouble.error);
+        assert!(trouble.lasts(std::time::Instant::now()) >= Duration::from_secs(3));
+        assert!(!publishing.is_finished());
+        assert_eq!(*store.roster().borrow().get(&node("a")).unwrap().clone(), mine);
+        // Whoever waits is told once it fails, and the next try succeeds when the store is back.
+        silent.end(path);
+        let failed = publishing.await.unwrap().unwrap_err();
+        assert!(failed.is_transient(), "{failed}");
+        store.publish(&with_data(&mine, json!("newer"))).await.unwrap();
+        until_readable(&store).await;
+        assert_eq!(store.health(), Health::default());
+    });
+}
+
+#[test]
+fn used_up_inodes_are_named_as_a_full_disk_is() {
+    on_own_mount("1m,nr_inodes=5", async |path| {
+        let store = Store::open_dir(path).await.unwrap();
+        store.acquire(&node("a"), &network(), &claim(0)).await.unwrap();
+        for number in 0..2 {
+            fs::write(path.join(format!(".filler{number}")), "").unwrap();
+        }
+        let newer = lease("a", "10.244.1.0-24");
+        let refused = store.publish(&newer).await.unwrap_err();
+        assert!(matches!(refused, StoreError::Full { .. }), "{refused}");
+        assert!(refused.to_string().contains("no inode, is left there (ENOSPC)"), "{refused}");
+        assert_eq!(names(&store.roster().borrow()), ["a"]);
+        fs::remove_file(path.join(".filler0")).unwrap();
+        store.publish(&newer).await.unwrap();
+        assert_eq!(store.health(), Health::default());
+    });
+}
+
+#[test]
+fn a_quota_that_is_used_up_is_named() {
+    let refused = StoreError::from_io("write", Path::new("/leases/x"), nix::errno::Errno::EDQUOT);
+    let text = "write /leases/x: no space, or no inode, is left there (EDQUOT): free some, or raise the quota";
+    assert_eq!(refused.to_string(), text);
+    assert!(refused.is_transient());
 }
