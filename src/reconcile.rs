@@ -32,6 +32,8 @@ const LOUD: Duration = Duration::from_millis(300);
 const RESERVED: usize = 8;
 /// A peer for whose sake more epochs than these are kept has not moved for a while.
 const FEW: usize = 8;
+/// The longest wait between two readings of the whole kernel where notifications go on being lost.
+const RARELY: Duration = Duration::from_secs(5);
 /// So many rounds a pass at most: each lets what the one before made known take effect.
 const ROUNDS: usize = 8;
 
@@ -40,6 +42,31 @@ struct Failing {
     error: String,
     wait: Duration,
     next: Duration,
+}
+
+/// When the whole kernel may be read anew after notifications were lost: it costs what the mesh is large.
+#[derive(Clone, Copy, Debug, Default)]
+struct Reread {
+    /// Not before this.
+    due: Duration,
+    /// The wait after the next one.
+    wait: Duration,
+    /// Whether the last one failed: what is there is not known then.
+    failed: bool,
+}
+
+impl Reread {
+    /// One was done at `now`. Each that follows soon waits twice as long.
+    fn done(&mut self, now: Duration, failed: bool) {
+        let soon = now <= self.due + self.wait * 2;
+        self.wait = if soon {
+            (self.wait * 2).clamp(FIRST, RARELY)
+        } else {
+            FIRST
+        };
+        self.due = now + self.wait;
+        self.failed = failed;
+    }
 }
 
 /// The node, its kernel, and what is known of either.
@@ -57,6 +84,7 @@ pub struct Reconciler<D> {
     alike: BTreeMap<Scope, String>,
     complete: bool,
     stale: bool,
+    reread: Reread,
     writes: u64,
 }
 
@@ -74,6 +102,7 @@ impl<D: Datapath> Reconciler<D> {
             alike: BTreeMap::new(),
             complete: false,
             stale: false,
+            reread: Reread::default(),
             writes: 0,
         })
     }
@@ -138,7 +167,8 @@ impl<D: Datapath> Reconciler<D> {
 
     /// When the next pass has something to do of its own accord.
     pub fn deadline(&self) -> Option<Duration> {
-        self.failing.values().map(|failing| failing.next).min()
+        let tries = self.failing.values().map(|failing| failing.next);
+        tries.chain(self.stale.then_some(self.reread.due)).min()
     }
 
     /// Whether `datagram` tells the truth: the kernel carries it on the generation that it names and on no other, and
@@ -360,10 +390,15 @@ impl<D: Datapath> Reconciler<D> {
 
     /// Plans, compares and writes all that is dirty or due.
     pub fn pass(&mut self, now: Duration) {
-        if self.stale
-            && let Err(error) = self.resync()
-        {
-            error!(error = chain(&error), "the kernel can't be read");
+        if self.stale && self.reread.due <= now {
+            warn!("the kernel's notifications were lost, or an answer: reading all of it anew");
+            let read = self.resync();
+            self.reread.done(now, read.is_err());
+            if let Err(error) = read {
+                error!(error = chain(&error), "the kernel can't be read");
+            }
+        }
+        if self.stale && self.reread.failed {
             return;
         }
         let due = self

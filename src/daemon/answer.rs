@@ -43,7 +43,10 @@ fn status(turn: &mut Turn) -> Report {
     for (what, trouble) in [("read", &health.reading), ("written", &health.writing)] {
         if let Some(trouble) = trouble {
             let lasts = trouble.lasts(Instant::now()).as_secs();
-            problem(format!("the store can't be {what} for {lasts} s now: {}", trouble.error));
+            problem(format!(
+                "the store can't be {what} for {lasts} s now: {}",
+                trouble.error
+            ));
         }
     }
     if let Some(error) = turn.inputs.psks.borrow().error.as_ref() {

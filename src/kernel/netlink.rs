@@ -237,6 +237,11 @@ fn outcome(op: &Op, error: xfrm::Error) -> WriteError {
     let op = op.to_string();
     match error {
         xfrm::Error::Kernel(source) => WriteError::Refused { op, source },
+        // Nothing was sent, for want of memory as a rule: as sure a refusal as the kernel's own.
+        xfrm::Error::Send(errno) => WriteError::Refused {
+            op,
+            source: kernel_error(errno),
+        },
         // The request was on its way when the answer failed to come.
         xfrm::Error::Unknown | xfrm::Error::Timeout | xfrm::Error::Receive(_) | xfrm::Error::Truncated { .. } => {
             WriteError::Unknown { op }

@@ -86,7 +86,9 @@ impl Dir {
         // Before the first reading, so that no change falls between.
         let mut watch = FolderWatch::new();
         watch.attach(path);
-        let settles = shared.blocking(Half::Reading, |shared| shared.read(&Scope::All)).await?;
+        let settles = shared
+            .blocking(Half::Reading, |shared| shared.read(&Scope::All))
+            .await?;
         let following = tokio::spawn(follow(shared.clone(), watch, settles));
         let _watcher = Arc::new(Watcher(following.abort_handle()));
         Ok(Self { shared, _watcher })

@@ -63,6 +63,8 @@ pub(crate) struct Machine {
     pub(crate) cursed: BTreeMap<Key, Fault>,
     /// The next so many dumps fail.
     pub(crate) blind: usize,
+    /// How many dumps were asked for so far.
+    pub(crate) dumps: usize,
     pub(crate) notices: Vec<Event>,
     /// Whether it says that a receiving SA is there before it is.
     pub(crate) tardy: bool,
@@ -348,6 +350,7 @@ impl Datapath for SimKernel {
     fn dump(&mut self) -> Result<Objects, WriteError> {
         let wrote = &self.wrote;
         let mut machine = self.machine.borrow_mut();
+        machine.dumps += 1;
         if machine.blind > 0 {
             machine.blind -= 1;
             return Err(WriteError::Failed {

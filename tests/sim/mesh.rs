@@ -382,7 +382,7 @@ impl Mesh {
         let mut datagrams = std::mem::take(&mut process.answers);
         datagrams.extend(process.reconciler.node.tick(clock, &mut || 0.5));
         process.reconciler.pass(clock);
-        let broken = process.reconciler.failures().next().is_some();
+        let broken = process.reconciler.failures().next().is_some() || process.reconciler.is_stale();
         let guarded = process.held && !process.reconciler.failures().any(|(scope, _)| *scope == Scope::Node);
         {
             let mut views = self.views.borrow_mut();

@@ -512,6 +512,27 @@ mod tests {
     }
 
     #[test]
+    fn what_the_socket_has_no_room_for_is_not_sent_and_said_to_be_so() {
+        let mut route = Connection::open(Protocol::Route).unwrap();
+        setsockopt(&route.socket, sockopt::SndBuf, &1).unwrap();
+        let batch = |count: u32| {
+            let mut batch = Batch::new();
+            (0..count).for_each(|_| batch.push(RTM_GETLINK, 0, |writer| link(writer, 1)));
+            batch
+        };
+        let results = route.execute(batch(128));
+        assert_eq!(results.len(), 128);
+        assert!(
+            results
+                .iter()
+                .all(|result| matches!(result, Err(Error::Send(Errno::EMSGSIZE)))),
+            "{results:?}"
+        );
+        setsockopt(&route.socket, sockopt::SndBufForce, &SEND_QUEUE).unwrap();
+        assert!(route.execute(batch(128)).iter().all(Result::is_ok));
+    }
+
+    #[test]
     fn each_request_of_several_sends_gets_its_own_result() {
         let mut route = Connection::open(Protocol::Route).unwrap();
         let mut batch = Batch::new();

@@ -355,3 +355,20 @@ fn assert_same(actual: &Objects, expected: &Objects) {
         .collect();
     assert!(lines.is_empty(), "{}", lines.join("\n"));
 }
+
+#[test]
+fn what_was_never_sent_counts_as_refused_and_a_lost_answer_does_not() {
+    let op = Op::Break(Key::GuardRoute(net("10.244.0.0/16")));
+    let refused = outcome(&op, xfrm::Error::Send(nix::errno::Errno::ENOBUFS));
+    assert!(
+        matches!(&refused, WriteError::Refused { source, .. } if source.to_string().contains("ENOBUFS")),
+        "{refused:?}"
+    );
+    for lost in [
+        xfrm::Error::Unknown,
+        xfrm::Error::Timeout,
+        xfrm::Error::Receive(nix::errno::Errno::ENOMEM),
+    ] {
+        assert!(matches!(outcome(&op, lost), WriteError::Unknown { .. }));
+    }
+}

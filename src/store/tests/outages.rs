@@ -280,7 +280,10 @@ fn a_file_system_that_does_not_answer_is_named_and_stops_nothing_else() {
             longest = longest.max(before.elapsed());
             assert!(began.elapsed() < Duration::from_secs(10), "it is named");
         }
-        assert!(longest < Duration::from_secs(1), "the runtime stood still for {longest:?}");
+        assert!(
+            longest < Duration::from_secs(1),
+            "the runtime stood still for {longest:?}"
+        );
         let trouble = store.health().writing.unwrap();
         assert!(trouble.error.ends_with("does not answer"), "{}", trouble.error);
         assert!(trouble.lasts(std::time::Instant::now()) >= Duration::from_secs(3));
@@ -307,7 +310,10 @@ fn used_up_inodes_are_named_as_a_full_disk_is() {
         let newer = lease("a", "10.244.1.0-24");
         let refused = store.publish(&newer).await.unwrap_err();
         assert!(matches!(refused, StoreError::Full { .. }), "{refused}");
-        assert!(refused.to_string().contains("no inode, is left there (ENOSPC)"), "{refused}");
+        assert!(
+            refused.to_string().contains("no inode, is left there (ENOSPC)"),
+            "{refused}"
+        );
         assert_eq!(names(&store.roster().borrow()), ["a"]);
         fs::remove_file(path.join(".filler0")).unwrap();
         store.publish(&newer).await.unwrap();

@@ -1,12 +1,15 @@
-//! Leases that vanish from the store while their nodes are there: who answers is served on, who is silent is let go.
+//! Faults of the store and of the kernel, in a simulated mesh: leases that vanish while their nodes are there,
+//! notifications that are lost again and again, writes for which the kernel has no memory.
 
 mod sim;
 
 use std::time::Duration;
 
+use ringmail::kernel::{Event, Key, Kind};
 use ringmail::lease::Lease;
 use ringmail::node::Cause;
 use ringmail::node::report::{PeerReport, State};
+use sim::kernel::Fault;
 use sim::make::Families;
 use sim::mesh::Mesh;
 
@@ -124,12 +127,106 @@ fn a_lower_epoch_in_place_of_a_lease_that_vanished_is_believed_once_the_node_is_
     mesh.members[1].versions.push(old);
     mesh.run(Duration::from_secs(30));
     let reason = seen(&mesh, 0, 1).expect("it is named").reason.expect("refused");
-    assert!(reason.contains("the newest lease is refused, its last good one serves"), "{reason}");
+    assert!(
+        reason.contains("the newest lease is refused, its last good one serves"),
+        "{reason}"
+    );
     assert!(flows(&mesh, 0, 1), "a lease that was rolled back costs nothing");
     mesh.views.borrow_mut()[1].present = false;
     mesh.reboot(1);
     mesh.run(Duration::from_secs(61));
     let peer = seen(&mesh, 0, 1).expect("it is named");
-    assert_eq!(peer.state, State::Waiting, "its lower epoch is what there is, and nothing goes by it unconfirmed");
+    assert_eq!(
+        peer.state,
+        State::Waiting,
+        "its lower epoch is what there is, and nothing goes by it unconfirmed"
+    );
     assert!(!flows(&mesh, 0, 1));
+}
+
+#[test]
+fn notifications_that_are_lost_all_the_time_cost_few_readings_of_the_kernel() {
+    let mut mesh = Mesh::settled("overruns", Families::V4, 3);
+    let kernel = mesh.members[0].kernel.clone();
+    let before = kernel.look(|machine| machine.dumps);
+    let policy = |key: &&Key| key.kind() == Kind::Policy;
+    // Another program floods our queue for ten seconds: each millisecond tells that something was lost.
+    for millisecond in 0..10_000 {
+        kernel.with(|machine| machine.notices.push(Event::Overrun));
+        if millisecond == 5_000 {
+            let key = kernel.look(|machine| machine.objects.keys().find(policy).cloned().expect("there are some"));
+            mesh.hurt(0, |kernel| {
+                kernel.remove_by_hand(&key);
+                kernel.with(|machine| machine.notices = vec![Event::Overrun]);
+            });
+        }
+        mesh.turn(0);
+        mesh.wait(Duration::from_millis(1));
+    }
+    let dumps = kernel.look(|machine| machine.dumps) - before;
+    assert!((8..=20).contains(&dumps), "{dumps} readings in ten seconds");
+    mesh.run(Duration::from_secs(6));
+    assert!(!mesh.views.borrow()[0].hurt, "what was removed unseen is mended");
+    // Rare losses are looked at at once.
+    mesh.run(Duration::from_secs(20));
+    let before = kernel.look(|machine| machine.dumps);
+    kernel.with(|machine| machine.notices.push(Event::Overrun));
+    mesh.turn(0);
+    assert_eq!(kernel.look(|machine| machine.dumps), before + 1);
+    mesh.settle();
+}
+
+#[test]
+fn a_kernel_that_can_not_be_read_is_asked_rarely_and_not_written_to() {
+    let mut mesh = Mesh::settled("unreadable", Families::V4, 2);
+    let kernel = mesh.members[0].kernel.clone();
+    let before = kernel.look(|machine| machine.dumps);
+    kernel.with(|machine| {
+        machine.blind = usize::MAX;
+        machine.notices.push(Event::Overrun);
+    });
+    let written = writes(&mesh)[0];
+    mesh.turn(0);
+    mesh.rotate(0, Cause::Asked);
+    mesh.run(Duration::from_secs(60));
+    let dumps = kernel.look(|machine| machine.dumps) - before;
+    assert!((12..=25).contains(&dumps), "{dumps} tries in a minute");
+    assert_eq!(writes(&mesh)[0], written);
+    kernel.with(|machine| machine.blind = 0);
+    mesh.settle();
+}
+
+#[test]
+fn a_peer_whose_sa_finds_no_memory_is_tried_again_ever_more_rarely_on_the_key_it_had_and_stops_nobody() {
+    let mut mesh = Mesh::settled("ENOMEM", Families::V4, 3);
+    let kernel = mesh.members[0].kernel.clone();
+    let epoch = |mesh: &Mesh| mesh.members[0].process.as_ref().and_then(|p| p.reconciler.node.epoch());
+    // Node 1 rotates; the SA that node 0 would send to it on finds no memory for a minute.
+    mesh.rotate(1, Cause::Asked);
+    let (own, theirs) = (epoch(&mesh).expect("one"), {
+        let process = mesh.members[1].process.as_ref().expect("it runs");
+        process.reconciler.node.epoch().expect("one")
+    });
+    let spi = keys::Spi::new(sim::make::slot(mesh.members[0].number), own, theirs).0;
+    let dst = mesh.members[1].uplink.public.v4.expect("it has one").into();
+    let sa = Key::Sa(xfrm::SaId { dst, spi });
+    kernel.with(|machine| machine.cursed.insert(sa.clone(), Fault::Refused));
+    mesh.run(Duration::from_secs(60));
+    let tries = kernel.look(|machine| machine.log.iter().filter(|(op, _)| *op.key() == sa).count());
+    assert!((8..=16).contains(&tries), "{tries} tries in a minute");
+    assert!(flows(&mesh, 0, 1) && flows(&mesh, 0, 2) && flows(&mesh, 1, 0));
+    let reason = seen(&mesh, 0, 1)
+        .expect("it is named")
+        .reason
+        .expect("the kernel's words");
+    assert!(reason.contains("ENOMEM"), "{reason}");
+    assert_eq!(seen(&mesh, 0, 2).expect("it is there").reason, None);
+    let before = epoch(&mesh);
+    kernel.with(|machine| machine.cursed.clear());
+    mesh.settle();
+    assert_eq!(
+        epoch(&mesh),
+        before,
+        "the key that the kernel refused for sure served in the end"
+    );
 }
