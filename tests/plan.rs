@@ -232,6 +232,8 @@ fn a_peer_that_left_is_taken_apart_in_the_reverse_order() {
     mesh.leave(1);
     mesh.flush();
     story.did("its lease is gone", &mesh);
+    mesh.run(Duration::from_secs(6));
+    story.did("it does not answer", &mesh);
     story.wants("all", &mesh);
     story.end("peer-left");
 }

@@ -190,8 +190,13 @@ impl Keeper {
         let (mut wait, mut failing) = (FIRST, None);
         loop {
             let wanted = lease.borrow_and_update().clone();
+            let stored = roster
+                .borrow_and_update()
+                .get(&self.node)
+                .map(|held| Lease::clone(held));
             let outcome = match &wanted {
-                Some(wanted) if roster.borrow_and_update().get(&self.node).map(|held| &**held) != Some(wanted) => self
+                // After a failure also where the lease has come back by itself: only a call that succeeds ends it.
+                Some(wanted) if stored.as_ref() != Some(wanted) || failing.is_some() => self
                     .pulsing(&health, self.store.publish(wanted))
                     .await
                     .map(|()| info!(lease = %wanted.subnets, "published")),
