@@ -221,13 +221,13 @@ impl Facts {
         })
     }
 
-    /// The interface's address that flannel would take: global before link-local, lasting before leased, and not one
-    /// that changes for privacy where another is there.
+    /// The interface's address that flannel would take: global before link-local, lasting before leased; but never an
+    /// IPv6 one that changes for privacy, since every change would be a new epoch.
     fn best(&self, index: u32, family: Family, choice: &Choice) -> Option<IpAddr> {
         let serving = self
             .addresses
             .iter()
-            .filter(|a| a.index == index && Family::of(a.address) == family && a.serves());
+            .filter(|a| a.index == index && Family::of(a.address) == family && a.serves() && !a.is_private());
         serving
             .min_by_key(|a| {
                 (
@@ -252,7 +252,14 @@ impl Facts {
             .addresses
             .iter()
             .filter(|a| a.index == index && Family::of(a.address) == family);
-        let reasons: Vec<_> = held.map(|a| format!("{} is {}", a.address, a.flaw())).collect();
+        let flaw = |a: &Address| {
+            if a.serves() {
+                "one that changes for privacy"
+            } else {
+                a.flaw()
+            }
+        };
+        let reasons: Vec<_> = held.map(|a| format!("{} is {}", a.address, flaw(a))).collect();
         if reasons.is_empty() {
             String::new()
         } else {
@@ -315,6 +322,11 @@ impl Choice {
 }
 
 impl Address {
+    /// Whether it is an IPv6 address of a few hours or days (RFC 8981).
+    fn is_private(&self) -> bool {
+        self.temporary && self.address.is_ipv6()
+    }
+
     fn serves(&self) -> bool {
         self.flaw() == SOUND
     }

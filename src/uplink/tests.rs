@@ -245,6 +245,9 @@ fn of_several_addresses_the_lasting_global_one_is_taken() {
         ],
     )]);
     assert_eq!(chosen(&facts, "iface=eth0", Families::V6), "eth0 fd00::4");
+    let facts = net(&[(2, "eth0", &["fe80::1", "fd00::3+temporary+dynamic"])]);
+    let text = chosen(&facts, "iface=eth0", Families::V6);
+    assert!(text.contains("fd00::3 is one that changes for privacy"), "{text}");
     let facts = net(&[(2, "eth0", &["fe80::1", "fd00::2+tentative", "fd00::3+deprecated"])]);
     let text = chosen(&facts, "iface=eth0", Families::V6);
     assert!(
