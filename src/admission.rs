@@ -255,7 +255,9 @@ pub struct Claims {
 impl Claims {
     /// Sets what `node` claims (nothing, where it left) and returns the nodes whose conflicts may have changed.
     pub fn set(&mut self, node: &NodeName, statement: Option<(&Statement, Slot)>) -> BTreeSet<NodeName> {
-        let claims = statement.map(|(statement, slot)| claims(statement, slot)).unwrap_or_default();
+        let claims = statement
+            .map(|(statement, slot)| claims(statement, slot))
+            .unwrap_or_default();
         let plain = statement.is_some_and(|(statement, _)| is_plain(statement));
         let changed = match plain {
             true => self.plain.insert(node.clone()),

@@ -1,26 +1,21 @@
-"""The store misbehaves, the clock steps, other programs trample on the kernel's tables and flood its notifications: no
-plaintext on the wire, nothing that is served is dropped for it, and all is in order again in the time stated.
+"""The store misbehaves and other programs flood the kernel's notifications: no plaintext on the wire, nothing that is
+served is dropped for it, and all is in order again in the time stated.
 
 One mesh of three nodes for the file; its lease folder is a link that a test can turn to another folder. The wire and the
 keys are checked after every test; each test ends with the mesh in order."""
 
-import fcntl
 import json
 import os
 import pathlib
 import shutil
 import signal
 import subprocess
-import sys
 import time
 
 import pytest
 
-from rig import REPOSITORY, eventually
+from rig import eventually
 from running import Running, measured, objects, spis
-
-UML = "User Mode Linux" in pathlib.Path("/proc/cpuinfo").read_text()
-
 
 class Linked(Running):
     """A mesh whose daemons find the folder of leases through a link."""
@@ -194,58 +189,6 @@ def test_a_sequence_that_is_lost_or_rolled_back_keeps_nobody_from_publishing(mes
     assert len(set(revisions)) == 3, revisions
 
 
-def test_a_store_that_stalls_holds_up_neither_data_nor_probes_nor_the_end_of_the_daemon(mesh):
-    node = mesh.lab.node(1)
-    folder = os.open(mesh.lease_dir, os.O_RDONLY)
-    heard = lambda: max(peer["heard"] for peer in mesh.status(1)["peers"])  # noqa: E731
-    try:
-        with mesh.outage(1, 2) as outage:
-            fcntl.flock(folder, fcntl.LOCK_EX)
-            begun = time.monotonic()
-            asked = node.ringmail("rotate", check=False)
-            assert asked.returncode == 1, "the new epoch can't be published"
-            eventually("status names it", lambda: "can't be written" in str(mesh.status(1)["problems"]), 15)
-            took = time.monotonic()
-            mesh.status(1)
-            assert time.monotonic() - took < 2
-            # A probe each 15 s at the latest.
-            time.sleep(max(0, begun + 22 - time.monotonic()))
-            assert heard() < 20
-            stopped = time.monotonic()
-            node.stop()
-            took = time.monotonic() - stopped
-            measured("SIGTERM while a write waits for the store: ended after", took)
-            assert took < 3, took
-            fcntl.flock(folder, fcntl.LOCK_UN)
-            mesh.start(1)
-            mesh.in_order()
-        assert not outage.lost, outage
-    finally:
-        os.close(folder)
-
-
-def test_a_program_that_flushes_all_of_ipsec_ten_times_a_second_costs_its_time_and_no_more(mesh):
-    """For ten seconds. No plaintext (the fixture), few epochs, little processor time, and all is back after it."""
-    node, epochs, cpu = mesh.lab.node(1), mesh.epochs(), mesh.cpu(1)
-    published = node.log().count("published")
-    with mesh.outage(1, 2, rate=200) as outage:
-        script = "end=$(($(date +%s) + 10)); while [ $(date +%s) -lt $end ]; do ip xfrm state flush; ip xfrm policy flush; sleep 0.1; done"
-        node.run(script, timeout=30)
-        over = time.monotonic()
-        mesh.in_order()
-        measured("after 10 s of flushes: in order again after", time.monotonic() - over)
-        time.sleep(1)
-    begun = node.log().count("published") - published
-    spent = mesh.cpu(1) - cpu
-    measured("processor time of the daemon during 10 s of flushes", spent)
-    measures_epochs = mesh.epochs()[0] - epochs[0]
-    assert 1 <= begun <= 15, f"{begun} epochs"
-    assert measures_epochs > 0
-    assert spent < 6, spent
-    assert outage.over is None or outage.over - over < 2.5, outage
-    assert json.loads(node.ringmail("audit --json"))["ok"]
-
-
 def flood(node, seconds):
     """Adds and deletes foreign SAs as fast as `ip` can."""
     key = "00" * 20
@@ -291,53 +234,3 @@ def test_a_flood_of_foreign_sas_takes_no_packet_and_little_time(mesh):
     assert not outage.lost, outage
     assert spent < 2.5, spent
     assert mesh.epochs() == epochs
-
-
-def test_the_wall_clock_may_step_by_a_year_either_way():
-    """In User Mode Linux, whose clock is its own; on any other kernel this sends itself there."""
-    if UML:
-        return the_clock_steps()
-    command = [REPOSITORY / "deploy" / "kernel", sys.executable, "-B", "-m", "pytest", "-q", "-p", "no:cacheprovider"]
-    ours = f"{__file__}::{test_the_wall_clock_may_step_by_a_year_either_way.__name__}"
-    done = subprocess.run([*command, ours], env={**os.environ, "RINGMAIL_KERNEL": "uml"}, timeout=600)
-    assert done.returncode == 0
-
-
-def the_clock_steps():
-    from keywatch import KeyWatch
-
-    year = 365 * 86_400
-    keywatch = KeyWatch()
-    mesh = Linked(f"t{os.getpid() % 100000}-clock", 2, keywatch)
-    step = lambda seconds: time.clock_settime(time.CLOCK_REALTIME, time.time() + seconds)  # noqa: E731
-    try:
-        mesh.subnets()
-        mesh.start()
-        mesh.in_order()
-        mesh.lab.pods()
-        stood = mesh.epochs()
-        with mesh.outage(1, 2) as outage:
-            for seconds in (-year, 2 * year, -2 * year, year):
-                step(seconds)
-                time.sleep(2)
-                assert mesh.epochs() == stood, "nothing rotates because of the clock"
-                mesh.in_order()
-                # In the middle of a step: one by hand, and one restart.
-                mesh.lab.node(1).ringmail("rotate")
-                mesh.lab.node(2).kill()
-                mesh.start(2)
-                mesh.in_order()
-                now = mesh.epochs()
-                assert all(epoch > before for epoch, before in zip(now, stood)), (now, stood)
-                stood = now
-                for number in (1, 2):
-                    status = mesh.status(number)
-                    assert 0 <= status["epoch_age"] < 60, status
-                    assert all(0 <= peer["heard"] < 30 for peer in status["peers"]), status
-                    assert json.loads(mesh.lab.node(number).ringmail("audit --json"))["ok"]
-        assert not outage.lost, outage
-        mesh.lab.wire.assert_clean()
-        keywatch.check()
-    finally:
-        mesh.down()
-        keywatch.close()
