@@ -34,6 +34,10 @@ impl Learned {
         let public: Addresses = statement.addresses.iter().copied().collect();
         let stated = public.of_family(sa.dst)?;
         let at = SocketAddr::new(sa.dst, sa.encap?.dport);
+        // With the port that it says, it may have been where it then was: an epoch alike modulo 64 tells too little.
+        if at.ip() != stated && at.port() == statement.encap.port {
+            return None;
+        }
         (at != SocketAddr::new(stated, statement.encap.port)).then_some(Self { stated, at })
     }
 }
