@@ -34,6 +34,7 @@
 //! | confirmed | a generation whose reverse a probe came on: data may go on it |
 //! | sweep | removing what is ours by its mark and no longer wanted |
 //! | kid | the public name of a PSK |
+//! | withdrawn | of a PSK: no longer in its file, held for peers that have nothing newer |
 //!
 //! Where to read first: [`epochs`] (the rules that the rest serves), [`node`], [`backend::ipsec`] (the datapath),
 //! [`kernel`] and [`reconcile`], then [`daemon`], which joins them. What a lease must prove stands in [`admission`], and

@@ -156,11 +156,10 @@ impl Known {
             .is_some_and(|held| held.encoded.as_bytes() == other.encoded.as_bytes())
     }
 
-    /// Whether it is refused because it has no PSK of ours.
+    /// Whether its newest lease says that it has no PSK of ours, also where an earlier one serves.
     fn lacks_psk(&self) -> bool {
         let refusal = self.refusal.as_ref();
-        let lacks = matches!(refusal, Some(Refusal::NoCommonPsk { .. } | Refusal::PskDropped { .. }));
-        lacks && self.admitted.is_none()
+        matches!(refusal, Some(Refusal::NoCommonPsk { .. } | Refusal::PskDropped { .. }))
     }
 }
 

@@ -350,6 +350,27 @@ fn a_node_with_a_wrong_key_is_named_by_the_others_and_names_itself() {
 }
 
 #[test]
+fn a_node_that_has_not_followed_is_told_though_it_serves_the_others_by_what_they_said_before() {
+    let mut one = One::with(&[1]);
+    for number in 2..4 {
+        one.peer(number, 1, &[2, 1]);
+    }
+    one.run(secs(1));
+    for number in 2..4 {
+        one.peer(number, 2, &[2]);
+    }
+    one.run(secs(1));
+    let text = "no other node has a PSK of this one, 2 nodes have another: is this node's the right one?";
+    assert_eq!(one.report().problems, [text]);
+    assert!(one.serves(2), "whether the newest lease is true can't be told");
+    let reason = one.stands(2).1.expect("it is named");
+    assert!(
+        reason.starts_with("the newest lease is refused, its last good one serves: no common PSK"),
+        "{reason}"
+    );
+}
+
+#[test]
 fn a_process_that_starts_in_a_rotation_has_what_the_file_has_and_names_the_rest() {
     let mut one = One::with(&[2]);
     one.peer(2, 2, &[2, 1]);
@@ -452,6 +473,29 @@ fn sas_keep_the_limits_of_their_epoch_and_new_ones_come_with_a_new_epoch() {
 }
 
 #[test]
+fn an_sa_that_nears_its_hard_limit_is_named() {
+    let mut one = One::with(&[1]);
+    one.peer(2, 1, &[1]);
+    one.run(secs(10));
+    let (id, limit) = sas(&one, 2)[0];
+    let said = |packets, bytes| {
+        let count = ringmail::kernel::Counters {
+            packets,
+            bytes,
+            ..Default::default()
+        };
+        let counters = [(id, count)].into();
+        one.node.report(&counters, one.now).peers[0]
+            .reason
+            .clone()
+            .unwrap_or_default()
+    };
+    assert!(!said(limit.soft_packets, limit.soft_bytes).contains("% of"));
+    assert!(said(limit.hard_packets / 8 * 7, 0).contains("87 % of what the kernel lets it"));
+    assert!(said(0, limit.hard_bytes / 4 * 3).contains("75 % of what the kernel lets it"));
+}
+
+#[test]
 fn hard_limits_leave_a_minute_at_any_speed() {
     assert_eq!(limits(MOST).hard_packets, 1 << 34);
     assert_eq!(limits(MOST).hard_bytes, 1 << 43);
@@ -522,6 +566,32 @@ fn a_file_changed_in_place_node_by_node_in_every_order_loses_nothing() {
 
 fn epoch(mesh: &Mesh, x: usize) -> Option<Epoch> {
     mesh.members[x].process.as_ref()?.reconciler.node.epoch()
+}
+
+/// How many of a node's epochs have a secret that lives.
+fn alive(mesh: &Mesh, x: usize) -> usize {
+    let process = mesh.members[x].process.as_ref().expect("it runs");
+    process.reconciler.node.epochs().count()
+}
+
+#[test]
+fn an_epochs_secret_goes_when_no_generation_needs_it() {
+    let mut mesh = Mesh::settled("secrets", Families::V4, 3);
+    for _ in 0..5 {
+        mesh.rotate(0, Cause::Asked);
+        mesh.run(secs(1));
+    }
+    assert!(alive(&mesh, 0) > 1, "packets on the older may be under way");
+    mesh.run(secs(15));
+    assert_eq!((0..3).map(|x| alive(&mesh, x)).collect::<Vec<_>>(), [1, 1, 1]);
+    // Also where nobody else is there to wake the node up.
+    let mut one = One::with(&[1]);
+    one.node.want(Cause::Asked);
+    one.run(Duration::ZERO);
+    assert_eq!((one.epochs, one.node.epochs().count()), (2, 2));
+    assert!(one.node.deadline(one.now).is_some_and(|due| due <= one.now + secs(5)));
+    one.run(secs(10));
+    assert_eq!(one.node.epochs().count(), 1);
 }
 
 #[test]

@@ -282,11 +282,13 @@ impl Node {
 
     pub(super) fn psk_reports(&self, now: Duration) -> Vec<PskReport> {
         let statements = || {
-            self.known.iter().filter_map(|(name, known)| match &known.admitted {
-                Some(admitted) => Some((name, admitted.statement.kids.as_slice())),
-                // It has none of ours, or it would be admitted.
-                None if known.lacks_psk() => Some((name, [].as_slice())),
-                None => None,
+            self.known.iter().filter_map(|(name, known)| {
+                let kids = known
+                    .admitted
+                    .as_ref()
+                    .map(|admitted| admitted.statement.kids.as_slice());
+                let kids = if known.lacks_psk() { Some([].as_slice()) } else { kids };
+                Some((name, kids?))
             })
         };
         let filed = self.psks.filed();

@@ -5,14 +5,14 @@ use std::time::Duration;
 
 use keys::Carrier;
 use serde::{Deserialize, Serialize};
-use xfrm::SaId;
+use xfrm::{Limits, SaId};
 
 use super::psks::{self, PskReport};
 use super::{Known, Node, Peer};
 use crate::admission::Refusal;
 use crate::backend::ipsec;
 use crate::epochs::{Data, Generation};
-use crate::kernel::Counters;
+use crate::kernel::{Counters, Key, Object, Scope};
 use crate::lease::NodeName;
 
 /// The whole picture, as JSON shows it.
@@ -220,9 +220,20 @@ impl Node {
                 now.saturating_sub(since).as_secs()
             ));
         }
-        for key in self.desired(&crate::kernel::Scope::Peer(name.clone())).keys() {
-            let crate::kernel::Key::Sa(id) = key else { continue };
+        for (key, object) in &self.desired(&Scope::Peer(name.clone())) {
+            let (Key::Sa(id), Object::Sa { sa, .. }) = (key, object) else {
+                continue;
+            };
             let Some(count) = counters.get(id) else { continue };
+            if let Some(percent) = nearly_spent(&sa.limits, count) {
+                let spent = format!(
+                    "SA {} has carried {percent} % of what the kernel lets it, and the peer has not moved to a newer \
+                     epoch: does it see this node's lease?",
+                    keys::Spi(id.spi)
+                );
+                let before = report.reason.take().map(|reason| reason + "; ");
+                report.reason = Some(before.unwrap_or_default() + &spent);
+            }
             if super::sender(id) == self.held.map(|(_, slot)| slot) {
                 report.bytes_out += count.bytes;
                 report.packets_out += count.packets;
@@ -319,6 +330,16 @@ impl Node {
         }
         "no probe came back yet: is its daemon running, does it see this node's lease, does ESP (or UDP) pass?".into()
     }
+}
+
+/// How much of its hard limit an SA has carried, percent, where it is more than half way there from the soft one.
+fn nearly_spent(limits: &Limits, count: &Counters) -> Option<u64> {
+    let spent = |count: u64, soft: u64, hard: u64| {
+        let percent = u64::try_from(u128::from(count) * 100 / u128::from(hard.max(1))).unwrap_or(u64::MAX);
+        (count >= soft.saturating_add(hard.saturating_sub(soft) / 2)).then_some(percent)
+    };
+    let packets = spent(count.packets, limits.soft_packets, limits.hard_packets);
+    packets.max(spent(count.bytes, limits.soft_bytes, limits.hard_bytes))
 }
 
 fn mode(mode: keys::EncapMode) -> &'static str {
