@@ -1,5 +1,6 @@
 //! Networks, settings, uplinks and PSKs that tests begin with.
 
+use std::mem::ManuallyDrop;
 use std::sync::Arc;
 use std::time::Duration;
 
@@ -97,16 +98,17 @@ pub(crate) fn epoch_secret(bytes: &[u8; 32]) -> EpochSecret {
     EpochSecret::generate(&ring::test::rand::FixedSliceRandom { bytes }).expect("fixed bytes do not fail")
 }
 
-/// A source of random numbers for one epoch: its secret, and a jitter of a half.
+/// A source of random numbers for one epoch: its secret, and a jitter of a half. Not dropped, where it would insist that
+/// all were taken: an epoch that is declined takes none.
 #[expect(
     deprecated,
     reason = "ring seals SecureRandom; its own source of fixed bytes is the only one there is"
 )]
-pub(crate) fn random<'a>(all: &'a [&'a [u8]]) -> ring::test::rand::FixedSliceSequenceRandom<'a> {
-    ring::test::rand::FixedSliceSequenceRandom {
+pub(crate) fn random<'a>(all: &'a [&'a [u8]]) -> ManuallyDrop<ring::test::rand::FixedSliceSequenceRandom<'a>> {
+    ManuallyDrop::new(ring::test::rand::FixedSliceSequenceRandom {
         bytes: all,
         current: std::cell::UnsafeCell::new(0),
-    }
+    })
 }
 
 pub(crate) fn settings(node: &str, network: Network) -> Settings {

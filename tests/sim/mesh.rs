@@ -353,7 +353,7 @@ impl Mesh {
         let all: [&[u8]; 2] = [secret, &[0x80, 0]];
         process
             .reconciler
-            .begin_epoch(process.previous, unix, &make::random(&all), clock);
+            .begin_epoch(process.previous, unix, &*make::random(&all), clock);
         if process.reconciler.node.epoch() == before {
             return false;
         }
