@@ -382,8 +382,10 @@ impl Mesh {
         let mut datagrams = std::mem::take(&mut process.answers);
         datagrams.extend(process.reconciler.node.tick(clock, &mut || 0.5));
         process.reconciler.pass(clock);
-        let broken = process.reconciler.failures().next().is_some() || process.reconciler.is_stale();
-        let guarded = process.held && !process.reconciler.failures().any(|(scope, _)| *scope == Scope::Node);
+        // Where the kernel could not be read nothing was written, and so nothing failed.
+        let stale = process.reconciler.is_stale();
+        let broken = process.reconciler.failures().next().is_some() || stale;
+        let guarded = process.held && !stale && !process.reconciler.failures().any(|(scope, _)| *scope == Scope::Node);
         {
             let mut views = self.views.borrow_mut();
             views[x].guarded |= guarded;
