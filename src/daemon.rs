@@ -4,6 +4,7 @@
 //! socket. The loop ([`turn`]) holds the kernel. They share latest values ([`tokio::sync::watch`]) and nothing else.
 
 mod answer;
+pub mod manager;
 mod sockets;
 mod sources;
 pub mod turn;
@@ -17,6 +18,7 @@ use tokio::sync::{mpsc, oneshot, watch};
 use tracing::{info, warn};
 
 use crate::admin::{self, Remembered, Single};
+use crate::config::flags::Environment;
 use crate::config::{Flags, Ipsec, NetConf, PskSource, check_overlap};
 use crate::kernel::netlink::{Netlink, Options};
 use crate::lease::Network;
@@ -26,6 +28,8 @@ use crate::reconcile::Reconciler;
 use crate::store::Store;
 use crate::uplink::{self, Families};
 
+use manager::{Kept, Manager};
+use sockets::Sockets;
 use turn::{Inputs, Outputs, Turn};
 
 /// How often the PSK's file is read again, whatever inotify said.
@@ -43,18 +47,21 @@ pub enum StartError {
 }
 
 /// Runs until SIGTERM or SIGINT. What it made in the kernel stays.
-pub fn run(flags: &Flags) -> Result<(), StartError> {
+///
+/// `environment` names the service manager, which is told and may have kept sockets over a restart.
+pub fn run(flags: &Flags, environment: &Environment) -> Result<(), StartError> {
+    let (manager, kept) = (Manager::of(environment), manager::kept(environment));
     let runtime = tokio::runtime::Builder::new_current_thread()
         .enable_all()
         .build()
         .context("start the runtime")?;
-    let outcome = runtime.block_on(start(flags));
+    let outcome = runtime.block_on(start(flags, manager, kept));
     // A file system that does not answer must not keep the process from ending.
     runtime.shutdown_background();
     outcome
 }
 
-async fn start(flags: &Flags) -> Result<(), StartError> {
+async fn start(flags: &Flags, manager: Manager, kept: Kept) -> Result<(), StartError> {
     let wrong = |error: anyhow::Error| StartError::Configuration(error);
     for warning in flags.warnings() {
         warn!("{warning}");
@@ -106,11 +113,12 @@ async fn start(flags: &Flags) -> Result<(), StartError> {
     };
     let listener = admin::listen(&flags.run_dir).context("open the control socket")?;
     let (started_in, started) = oneshot::channel();
+    let sockets = Sockets::new(manager.clone(), kept);
     let options = Options { prefer_nft: true };
     let resync = Duration::from_secs(u64::from(flags.iptables_resync.max(1)));
     let thread = std::thread::Builder::new().name("reconcile".into());
     let turning = thread
-        .spawn(move || turn_thread(options, inputs, outputs, resync, started_in))
+        .spawn(move || turn_thread(options, inputs, outputs, sockets, resync, started_in))
         .context("start the loop")?;
     started.await.context("the loop ended at its start")??;
     tokio::spawn(admin::serve(listener, command_in));
@@ -140,9 +148,11 @@ async fn start(flags: &Flags) -> Result<(), StartError> {
         keys_in,
         misconfigured_in,
     ));
+    let told = manager.clone();
     tokio::spawn(async move {
         if ready.wait_for(|ready| *ready).await.is_ok() {
             info!("ready: lease held, datapath in order, subnet.env written");
+            told.ready("serving: `ringmail status` shows the peers");
         }
     });
 
@@ -155,6 +165,7 @@ async fn start(flags: &Flags) -> Result<(), StartError> {
         _ = interrupted.recv() => Ok(()),
         kept = keep => kept.context("the lease's task ended").and_then(|kept| kept),
     };
+    manager.stopping();
     stop_in.send_replace(true);
     // The loop finishes its turn; it never blocks for long.
     tokio::task::spawn_blocking(move || turning.join()).await.ok();
@@ -166,6 +177,7 @@ fn turn_thread(
     options: Options,
     inputs: Inputs,
     outputs: Outputs,
+    sockets: Sockets,
     resync: Duration,
     started: oneshot::Sender<Result<()>>,
 ) {
@@ -197,7 +209,7 @@ fn turn_thread(
         })();
         match opened {
             Ok((reconciler, events, directed)) => {
-                Turn::new(reconciler, inputs, outputs, directed, resync)
+                Turn::new(reconciler, inputs, outputs, sockets, directed, resync)
                     .run(events, started)
                     .await;
             }

@@ -27,7 +27,7 @@ fn start() -> Result<Shown, Failure> {
 /// The daemon, until it is told to stop.
 fn run(flags: &Flags, environment: &Environment) -> Result<Shown, Failure> {
     log::start(flags.v, environment)?;
-    match daemon::run(flags) {
+    match daemon::run(flags, environment) {
         Ok(()) => Ok(Shown::from(String::new())),
         Err(error @ StartError::Configuration(_)) => Err(Failure::config(error)),
         Err(error @ StartError::Other(_)) => Err(Failure::other(error)),

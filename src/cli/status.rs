@@ -128,10 +128,16 @@ fn head(report: &Report) -> String {
         (
             "uplink",
             format!(
-                "{}, MTU in the mesh {mtu}, {}, UDPEncap {}",
+                "{}, MTU in the mesh {mtu}, {}, UDPEncap {}{}",
                 report.uplink.as_deref().unwrap_or("none"),
                 report.cipher,
-                report.encap
+                report.encap,
+                match report.encap_kept {
+                    Some(true) => ", its sockets kept by the service manager over a restart",
+                    Some(false) =>
+                        ", nothing comes in by UDP while this daemon does not run: no service manager keeps its sockets",
+                    None => "",
+                }
             ),
         ),
         (

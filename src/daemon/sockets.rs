@@ -1,15 +1,18 @@
 //! The loop's UDP sockets: one a family for probes, on the base addresses, and those that let the kernel take ESP out
-//! of UDP. What can't be opened is tried again, and the reason is kept for `status`.
+//! of UDP. What can't be opened is tried again, and the reason is kept for `status`. The latter are given to the service
+//! manager to keep, and taken back from it after a restart.
 
 use std::io::ErrorKind;
 use std::net::{IpAddr, SocketAddr};
+use std::os::fd::AsFd as _;
 use std::time::Duration;
 
 use keys::Carrier;
 use tokio::net::UdpSocket;
-use tracing::{debug, error};
+use tracing::{debug, error, info, warn};
 
-use crate::kernel::encap::Encap;
+use super::manager::{self, Kept, Manager};
+use crate::kernel::encap::{self, Encap};
 use crate::lease::Addresses;
 use crate::node::Datagram;
 use crate::probe;
@@ -19,10 +22,14 @@ use crate::reconcile::chain;
 const REOPEN: Duration = Duration::from_secs(2);
 /// So many datagrams are read in one go before the loop looks elsewhere.
 const BURST: usize = 256;
+/// So long after the start a socket that the manager kept may turn out to be wanted: a peer may want ESP in UDP.
+const UNCLAIMED: Duration = Duration::from_secs(60);
 
 /// Every UDP socket of the daemon.
 #[derive(Default)]
 pub(super) struct Sockets {
+    manager: Manager,
+    kept: Kept,
     probes: Vec<(SocketAddr, UdpSocket)>,
     encaps: Vec<Encap>,
     error: Option<String>,
@@ -30,6 +37,15 @@ pub(super) struct Sockets {
 }
 
 impl Sockets {
+    /// None is open yet; `kept` are those that `manager` kept from an earlier process.
+    pub(super) fn new(manager: Manager, kept: Kept) -> Self {
+        Self {
+            manager,
+            kept,
+            ..Self::default()
+        }
+    }
+
     /// Opens what is missing of the probe sockets, one a carrier for each of `bases`, and closes what is not wanted.
     pub(super) fn open_probes(&mut self, bases: Addresses, now: Duration) {
         let sources = [Carrier::Esp, Carrier::Udp].map(probe::source);
@@ -55,13 +71,21 @@ impl Sockets {
     /// is not wanted.
     pub(super) fn open_encaps(&mut self, wanted: Option<(Addresses, u16)>, now: Duration) {
         self.reopen = None;
+        let wanted_any = wanted.is_some();
         let (locals, port) = wanted.unwrap_or_default();
         let wanted: Vec<SocketAddr> = locals.iter().map(|local| SocketAddr::new(local, port)).collect();
-        self.encaps.retain(|encap| wanted.contains(&encap.local()));
+        let manager = &self.manager;
+        self.encaps.retain(|encap| {
+            let stays = wanted.contains(&encap.local());
+            if !stays {
+                manager.forget(&manager::name(encap.local()));
+            }
+            stays
+        });
         let before = self.error.take();
         let missing = |local: &SocketAddr| !self.encaps.iter().any(|encap| encap.local() == *local);
         for local in wanted.into_iter().filter(missing).collect::<Vec<_>>() {
-            match Encap::open(local) {
+            match self.take_back(local).map_or_else(|| self.open_encap(local), Ok) {
                 Ok(encap) => self.encaps.push(encap),
                 Err(wrong) => {
                     let text = chain(&wrong);
@@ -73,6 +97,51 @@ impl Sockets {
                 }
             }
         }
+        if !wanted_any && now < UNCLAIMED && !self.kept.is_empty() {
+            self.reopen.get_or_insert(UNCLAIMED);
+        } else {
+            self.close_unclaimed();
+        }
+    }
+
+    fn open_encap(&self, local: SocketAddr) -> Result<Encap, encap::Error> {
+        let encap = Encap::open(local)?;
+        self.manager.keep(local, encap.as_fd());
+        Ok(encap)
+    }
+
+    /// The socket at `local` that the manager kept. One that is not what its name says is closed, there too.
+    fn take_back(&mut self, local: SocketAddr) -> Option<Encap> {
+        let name = manager::name(local);
+        let at = self.kept.iter().position(|(kept, _)| *kept == name)?;
+        let (_, kept) = self.kept.swap_remove(at);
+        match Encap::adopt(kept, local) {
+            Ok(encap) => {
+                info!(%local, "goes on with the socket for ESP in UDP that the service manager kept");
+                Some(encap)
+            }
+            Err(error) => {
+                warn!(
+                    error = chain(&error),
+                    "the service manager kept a socket that does not fit"
+                );
+                self.manager.forget(&name);
+                None
+            }
+        }
+    }
+
+    /// Closes what the manager kept and nobody wants, there too.
+    fn close_unclaimed(&mut self) {
+        for (name, _) in std::mem::take(&mut self.kept) {
+            info!(name, "closes what the service manager kept: it is not wanted any more");
+            self.manager.forget(&name);
+        }
+    }
+
+    /// Whether a service manager is there to keep the sockets for ESP in UDP over a restart; `None` where there are none.
+    pub(super) fn kept_over_restart(&self) -> Option<bool> {
+        (!self.encaps.is_empty()).then(|| self.manager.is_there())
     }
 
     /// When what could not be opened should be tried again; `None` where all is open.

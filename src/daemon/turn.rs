@@ -121,6 +121,7 @@ impl Turn {
         reconciler: Reconciler<Netlink>,
         inputs: Inputs,
         outputs: Outputs,
+        sockets: Sockets,
         directed: bool,
         filter_every: Duration,
     ) -> Self {
@@ -138,7 +139,7 @@ impl Turn {
             seen: Revision::default(),
             previous: None,
             published: None,
-            sockets: Sockets::default(),
+            sockets,
             reopen: true,
             env: None,
             troubles: BTreeMap::new(),

@@ -34,6 +34,10 @@ pub struct Report {
     pub cipher: String,
     /// Whether ESP travels in UDP: `false`, `true` or `auto`.
     pub encap: String,
+    /// Whether a service manager is there to keep the sockets for ESP in UDP over a restart; where none is, nothing comes
+    /// in by UDP while the daemon does not run. `None` where there are no such sockets.
+    #[serde(default)]
+    pub encap_kept: Option<bool>,
     /// The newest own epoch.
     pub epoch: Option<u64>,
     /// Its age, seconds.
@@ -159,6 +163,7 @@ impl Node {
             mtu: self.mtu(),
             cipher: self.settings.cipher.to_string(),
             encap: mode(self.settings.encap.mode).into(),
+            encap_kept: None,
             epoch: newest.map(|(epoch, _)| epoch.0),
             epoch_age: newest.map(|(_, own)| now.saturating_sub(own.begun).as_secs()),
             next_epoch: self.next_epoch().map(|(at, cause)| NextEpoch {
