@@ -23,7 +23,11 @@ measures = []
 
 def measured(what, seconds):
     """Keeps a figure for the end of the session, in milliseconds."""
-    measures.append(f"{what}: {seconds * 1000:.0f} ms")
+    measures.append(f"{what}: {milliseconds(seconds)}")
+
+
+def milliseconds(seconds):
+    return f"{seconds * 1000:.0f} ms"
 
 
 class Outage:
