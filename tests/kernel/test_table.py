@@ -255,7 +255,7 @@ def test_a_reboot(mesh):
         node.run(REBOOT.format(directory=node.directory))
         assert not node.sas() and not [line for line in objects(node) if "10.244" in line and "cni0" not in line]
         mesh.start(3)
-        node.ready()
+        node.ready(60)
         node.run("ip link set cni0 up")
         back = time.monotonic()
         mesh.in_order()
