@@ -152,7 +152,8 @@ def test_leases_of_an_hour_ago_in_a_folder_that_takes_no_writes_are_refused_and_
         mesh.turn(mesh.lease_dir)
         mesh.in_order(timeout=45)
     assert not outage.lost, outage
-    eventually("no key was made for them", lambda: [spis(node) for node in mesh.lab.nodes] == held, 15, 0.5)
+    # What drained meanwhile is gone; what there is was there before.
+    assert all(spis(node) <= had for node, had in zip(mesh.lab.nodes, held)), "no key was made for them"
 
 
 def test_a_backup_that_is_restored_over_the_leases_is_written_over_within_a_second(mesh, tmp_path):
