@@ -1,7 +1,7 @@
 """Rotation, restarts, faults: what each costs between the pods of three nodes, under load on every way.
 
 One mesh for the file; `load.Load` counts every packet at both ends. Each test prints a row of README's table at the end of
-the session. `PYTEST_ARGS='-k test_table' tests/run build kernel` runs this file alone."""
+the session. `PYTEST_ARGS=-ktest_table tests/run build kernel` runs this file alone."""
 
 import json
 import os
