@@ -35,7 +35,7 @@ use crate::node::report::Report;
 
 pub use client::{AskError, ask};
 pub use listen::{ListenError, Listener, listen};
-pub use remembered::{RememberError, Remembered};
+pub use remembered::{RememberError, Remembered, RememberedEtcd, RememberedKube};
 pub use single::{Single, SingleError};
 
 /// Where the daemon's socket and files are unless `--run-dir` says otherwise.
@@ -184,7 +184,8 @@ impl LeaseReport {
 /// The epoch that the lease's statement names; nothing is verified here.
 fn stated_epoch(lease: &Lease) -> Option<u64> {
     use base64::Engine as _;
-    let text = lease.data.get("Statement")?.as_str()?;
+    let data = lease.data.value();
+    let text = data.get("Statement")?.as_str()?;
     let bytes = base64::engine::general_purpose::STANDARD.decode(text).ok()?;
     Some(keys::Statement::decode(&bytes).ok()?.epoch.0)
 }

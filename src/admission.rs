@@ -16,7 +16,7 @@ use ipnet::IpNet;
 use keys::{EncapMode, Encoded, Kid, Psk, PublicKey, Slot, Statement, Tag};
 use serde::{Deserialize, Serialize};
 
-use crate::lease::{Lease, Network, NoSlot, NodeName};
+use crate::lease::{BackendData, Lease, Network, NoSlot, NodeName};
 
 /// What an ipsec lease carries in its `BackendData`.
 #[derive(Debug, Deserialize, Serialize)]
@@ -29,7 +29,7 @@ struct Published {
 }
 
 /// The `BackendData` of a lease that says `statement`, tagged with each of `psks`, which are those of its kids.
-pub fn publish(statement: &Encoded, psks: &[Arc<Psk>]) -> serde_json::Value {
+pub fn publish(statement: &Encoded, psks: &[Arc<Psk>]) -> BackendData {
     let tags = psks
         .iter()
         .map(|psk| BASE64.encode(psk.tag(statement.as_bytes()).as_bytes()))
@@ -38,7 +38,15 @@ pub fn publish(statement: &Encoded, psks: &[Arc<Psk>]) -> serde_json::Value {
         statement: BASE64.encode(statement.as_bytes()),
         tags,
     };
-    serde_json::to_value(published).expect("strings become JSON")
+    serde_json::to_value(published).expect("strings become JSON").into()
+}
+
+/// The name that a statement in this `BackendData` gives its node, if there is one. Not verified: who believes a lease
+/// compares the two.
+pub fn stated_name(data: &BackendData) -> Option<NodeName> {
+    let published = data.read::<Published>().ok()?;
+    let bytes = BASE64.decode(&published.statement).ok()?;
+    NodeName::new(&Statement::decode(&bytes).ok()?.node).ok()
 }
 
 /// A verified statement.
@@ -143,7 +151,7 @@ pub fn verify(lease: &Lease, network: &Network, psks: &[Arc<Psk>]) -> Result<Adm
         return Err(Refusal::Backend(lease.backend.chars().take(32).collect()));
     }
     let garbage = |why: &dyn fmt::Display| Refusal::Garbage(why.to_string());
-    let published = Published::deserialize(&lease.data).map_err(|e| garbage(&e))?;
+    let published = lease.data.read::<Published>().map_err(|e| garbage(&e))?;
     let bytes = BASE64.decode(&published.statement).map_err(|e| garbage(&e))?;
     let statement = Statement::decode(&bytes).map_err(|e| garbage(&e))?;
     let encoded = statement.encode().map_err(|e| garbage(&e))?;

@@ -32,6 +32,8 @@ pub struct Directory {
     pub own: Subnets,
     /// The uplink's name and index, once there is one. Without it the checks of what comes in by it are left out.
     pub uplink: Option<(String, u32)>,
+    /// The unencrypted backend that carries the mesh, if it is one.
+    pub unencrypted: Option<&'static str>,
     /// Every other node with a readable lease, by the slot of its subnets.
     pub nodes: BTreeMap<Slot, NodeName>,
 }

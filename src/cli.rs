@@ -8,6 +8,7 @@
 mod audit;
 mod cleanup;
 mod config;
+mod etcd;
 mod keygen;
 mod leases;
 pub mod log;
@@ -111,7 +112,7 @@ pub enum Invocation {
     /// Run the daemon.
     Run(Box<Flags>),
     /// Run a verb.
-    Verb(Verb),
+    Verb(Box<Verb>),
     /// Print a help or version text on standard output.
     Text(String),
     /// Print the version on standard error, as flanneld does.
@@ -131,7 +132,7 @@ impl Invocation {
             });
         }
         match Cli::try_parse_from(&arguments) {
-            Ok(Cli { verb }) => Ok(Self::Verb(verb)),
+            Ok(Cli { verb }) => Ok(Self::Verb(Box::new(verb))),
             Err(error) => match error.kind() {
                 ErrorKind::DisplayHelp | ErrorKind::DisplayVersion => Ok(Self::Text(error.to_string())),
                 ErrorKind::DisplayHelpOnMissingArgumentOrSubcommand => {

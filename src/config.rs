@@ -10,12 +10,13 @@ pub mod flags;
 mod go_style;
 mod json;
 pub mod netconf;
+mod plain;
 pub mod report;
 pub mod subnet_env;
 #[cfg(test)]
 mod tests;
 
-pub use backend::{Backend, Ipsec, NotInThisVersion, PskSource, UnencryptedType};
+pub use backend::{Backend, Ipsec, NotInThisVersion, PskSource, Tuning, UnencryptedType};
 pub use conf_error::{ConfError, Rule};
 pub use flags::{Environment, Flags, Store, Wanted};
 pub use go_style::{UsageError, normalise, odd_variables};

@@ -4,9 +4,11 @@
 //! socket. The loop ([`turn`]) holds the kernel. They share latest values ([`tokio::sync::watch`]) and nothing else.
 
 mod answer;
+mod extension;
 pub mod manager;
 mod sockets;
 mod sources;
+mod tunnels;
 pub mod turn;
 
 use std::path::PathBuf;
@@ -17,15 +19,16 @@ use tokio::signal::unix::{SignalKind, signal};
 use tokio::sync::{mpsc, oneshot, watch};
 use tracing::{info, warn};
 
-use crate::admin::{self, Remembered, Single};
+use crate::admin::{self, Remembered, RememberedEtcd, RememberedKube, Single};
 use crate::config::flags::Environment;
-use crate::config::{Flags, Ipsec, NetConf, PskSource, check_overlap};
+use crate::config::{self, Backend, Flags, NetConf, PskSource, Tuning, check_overlap};
 use crate::kernel::netlink::{Netlink, Options};
 use crate::lease::Network;
 use crate::node::{Node, Settings};
 use crate::psk;
 use crate::reconcile::Reconciler;
 use crate::store::Store;
+use crate::store::kube::{Datapath, Kube};
 use crate::uplink::{self, Families};
 
 use manager::{Kept, Manager};
@@ -67,33 +70,66 @@ async fn start(flags: &Flags, manager: Manager, kept: Kept) -> Result<(), StartE
         warn!("{warning}");
     }
     let _single = Single::claim(&flags.run_dir).context("be this node's only daemon")?;
-    let crate::config::flags::Store::Dir(folder) = flags.store().map_err(|e| wrong(e.into()))?;
-    let store = Store::open_dir(&folder).await.context("open the store")?;
-    let stored = store.config().await.map_err(|e| wrong(e.into()))?;
+    let chosen = flags.store().map_err(|e| wrong(e.into()))?;
+    let mut flags = flags.clone();
+    let mut kube = None;
+    let (store, remembered) = match chosen {
+        config::Store::Dir(folder) => {
+            let store = Store::open_dir(&folder).await.context("open the store")?;
+            (store, (Some(absolute(&folder)), None, None))
+        }
+        config::Store::Etcd(access, lifetime) => {
+            info!(endpoints = %access.endpoints, prefix = access.prefix, "leases are in etcd");
+            let remembered = RememberedEtcd::of(&access);
+            let store = Store::open_etcd(access, lifetime).await.context("open the store")?;
+            (store, (None, Some(remembered), None))
+        }
+        config::Store::Kube(access) => {
+            info!(server = %access, prefix = access.keys.prefix(), "leases are on the Nodes of Kubernetes");
+            let remembered = RememberedKube::of(&access);
+            let opened = Kube::open(access).await.context("open the store")?;
+            flags.node_name = opened.node().clone();
+            // What an operator says of one Node goes before what the flags say of all.
+            let asked = opened.wishes().borrow().uplink;
+            flags.public_ip = asked.v4.or(flags.public_ip);
+            flags.public_ipv6 = asked.v6.or(flags.public_ipv6);
+            kube = Some(opened.clone());
+            (Store::Kube(opened), (None, None, Some(remembered)))
+        }
+    };
+    let flags = &flags;
+    let stored = sources::stored_conf(flags, &store).await.map_err(wrong)?;
     let conf = sources::net_conf(flags, stored).map_err(wrong)?;
     for warning in &conf.warnings {
         warn!("{warning}");
     }
-    let ipsec = conf.backend.served().map_err(|e| wrong(e.into()))?.clone();
-    let (keys_in, psks) = sources::first_keys(&ipsec, &conf.network).map_err(wrong)?;
-    let uplink = uplink::watch(flags.choice(conf.network), Families::of(&conf.network)).await;
+    let backend = conf.backend.served().map_err(|e| wrong(e.into()))?.clone();
+    let (keys_in, psks) = sources::first_keys(&backend, &conf.network).map_err(wrong)?;
+    let mut uplink = uplink::watch(flags.choice(conf.network), Families::of(&conf.network)).await;
+    if let Some(kube) = &kube {
+        uplink = sources::advertised(uplink, kube.wishes());
+    }
     let chosen = uplink.borrow().clone().context("choose the uplink")?;
     let addresses: Vec<_> = chosen.local.iter().chain(chosen.public.iter()).collect();
     check_overlap(&conf.network, &addresses).map_err(|e| wrong(e.into()))?;
+    let chosen_public: Vec<_> = chosen.public.iter().collect();
     info!(uplink = chosen.name, public = %chosen.public, mtu = chosen.mtu, "the uplink is chosen");
 
-    let settings = settings(flags, &conf, &ipsec, sources::takes_advertisements(&chosen.name));
+    let mut settings = settings(flags, &conf, sources::takes_advertisements(&chosen.name));
+    settings.prepared = extension::prepare(settings.plain.as_ref()).await?;
     let network = conf.network;
     // It may hold a PSK, which is to go when another takes its place.
     drop(conf);
     let (settings_in, settings) = watch::channel(settings);
     let (misconfigured_in, misconfigured) = watch::channel(None);
+    let (failed_in, commands_failed) = watch::channel(Vec::new());
     let (holding_in, holding) = watch::channel(None);
     let (health_in, health) = watch::channel(store.health());
     let (command_in, commands) = mpsc::channel(64);
     let (stop_in, stop) = watch::channel(false);
     let (lease_out, lease) = watch::channel(None);
     let (ready_out, mut ready) = watch::channel(false);
+    let (datapath_out, datapath) = watch::channel(Datapath::default());
 
     let inputs = Inputs {
         settings,
@@ -103,6 +139,7 @@ async fn start(flags: &Flags, manager: Manager, kept: Kept) -> Result<(), StartE
         holding,
         health,
         misconfigured,
+        commands_failed,
         commands,
         stop,
     };
@@ -110,6 +147,7 @@ async fn start(flags: &Flags, manager: Manager, kept: Kept) -> Result<(), StartE
         lease: lease_out,
         subnet_file: flags.subnet_file.clone(),
         ready: ready_out,
+        datapath: datapath_out,
     };
     let listener = admin::listen(&flags.run_dir).context("open the control socket")?;
     let (started_in, started) = oneshot::channel();
@@ -124,6 +162,13 @@ async fn start(flags: &Flags, manager: Manager, kept: Kept) -> Result<(), StartE
     tokio::spawn(admin::serve(listener, command_in));
 
     // The guard stands; now a subnet may be taken.
+    let extension = extension::Extension {
+        settings: settings_in.subscribe(),
+        roster: store.roster(),
+        holding: holding_in.subscribe(),
+        uplink: uplink.clone(),
+        troubles: failed_in,
+    };
     let keeper = sources::Keeper {
         node: settings_in.borrow().name.clone(),
         network,
@@ -133,7 +178,10 @@ async fn start(flags: &Flags, manager: Manager, kept: Kept) -> Result<(), StartE
         subnet_file: flags.subnet_file.clone(),
     };
     let note = Remembered {
-        lease_dir: Some(absolute(&folder)),
+        lease_dir: remembered.0,
+        etcd: remembered.1,
+        kube: remembered.2,
+        public: chosen_public,
         node: keeper.node.clone(),
         subnets: Vec::new(),
         subnet_file: Some(absolute(&flags.subnet_file)),
@@ -143,11 +191,15 @@ async fn start(flags: &Flags, manager: Manager, kept: Kept) -> Result<(), StartE
     tokio::spawn(sources::follow_conf(
         flags.clone(),
         store,
-        ipsec,
+        backend,
         settings_in,
         keys_in,
         misconfigured_in,
     ));
+    tokio::spawn(extension.follow());
+    if let Some(kube) = kube.filter(|_| flags.set_node_network_unavailable) {
+        tokio::spawn(async move { kube.report(datapath).await });
+    }
     let told = manager.clone();
     tokio::spawn(async move {
         if ready.wait_for(|ready| *ready).await.is_ok() {
@@ -198,14 +250,15 @@ fn turn_thread(
                 .as_ref()
                 .map(|uplink| uplink.local)
                 .unwrap_or_default();
-            let features = kernel.preflight(settings.cipher, &local)?;
-            let events = kernel.events()?;
-            let settings = Settings {
-                directed: features.sa_direction,
-                ..settings
+            // Without encryption nothing is asked of the kernel's.
+            let directed = match settings.plain {
+                Some(_) => false,
+                None => kernel.preflight(settings.cipher, &local)?.sa_direction,
             };
+            let events = kernel.events()?;
+            let settings = Settings { directed, ..settings };
             let reconciler = Reconciler::new(kernel, |left| Node::new(settings, left)).context("read the kernel")?;
-            Ok((reconciler, events, features.sa_direction))
+            Ok((reconciler, events, directed))
         })();
         match opened {
             Ok((reconciler, events, directed)) => {
@@ -220,8 +273,11 @@ fn turn_thread(
     });
 }
 
-/// Reads the keys where `ipsec` says they are, and follows them.
-fn keys_of(ipsec: &Ipsec, network: &Network) -> watch::Receiver<psk::Held> {
+/// Reads the keys where `backend` says they are, and follows them; none where it has no use for any.
+fn keys_of(backend: &Backend, network: &Network) -> watch::Receiver<psk::Held> {
+    let Some(ipsec) = backend.ipsec() else {
+        return watch::channel(psk::Held { set: None, error: None }).1;
+    };
     match &ipsec.psk {
         PskSource::File(path) => psk::watch(path.clone(), network.to_string(), REREAD),
         PskSource::Inline(psk) => {
@@ -236,21 +292,31 @@ fn keys_of(ipsec: &Ipsec, network: &Network) -> watch::Receiver<psk::Held> {
 }
 
 /// What the node decides by, from flags and net-conf.json.
-fn settings(flags: &Flags, conf: &NetConf, ipsec: &Ipsec, advertisements: bool) -> Settings {
+fn settings(flags: &Flags, conf: &NetConf, advertisements: bool) -> Settings {
+    let (tuning, plain) = match &conf.backend {
+        Backend::Ipsec(ipsec) => (ipsec.tuning, None),
+        Backend::Plain(plain) => (Tuning::default(), Some(plain.clone())),
+        Backend::Other(_) => (Tuning::default(), None),
+    };
     Settings {
         name: flags.node_name.clone(),
         network: conf.network,
-        cipher: ipsec.cipher,
-        encap: ipsec.encap,
-        rekey_after: ipsec.rekey_after,
-        rekey: ipsec.rekey,
-        psk_grace: ipsec.psk_grace,
-        mtu: ipsec.mtu.map(u32::from),
+        cipher: tuning.cipher,
+        encap: tuning.encap,
+        rekey_after: tuning.rekey_after,
+        rekey: tuning.rekey,
+        psk_grace: tuning.psk_grace,
+        mtu: tuning.mtu.map(u32::from),
         masquerade: flags.ip_masq,
         random_fully: !flags.ip_masq_fully_random_disable,
         advertisements,
         // What the kernel knows is found by the loop.
         directed: false,
+        plain,
+        prepared: None,
+        forward: flags.iptables_forward_rules,
+        blackhole: flags.ip_blackhole_route,
+        nft: conf.nftables,
     }
 }
 

@@ -15,11 +15,12 @@
 //! left in the kernel. A sending SA's key is programmed once: a generation whose sending SA is gone is never made
 //! again, and its loss asks for a new epoch.
 
-use std::collections::{BTreeMap, BTreeSet};
+use std::collections::BTreeSet;
 use std::fmt;
 use std::time::Duration;
 
 use keys::Epoch;
+use litemap::LiteMap;
 use xfrm::SaId;
 
 /// An ordered pair of epochs; it names one SA.
@@ -115,12 +116,13 @@ pub struct Rollback {
 /// One node's view of one peer. Times are durations on one monotonic clock.
 #[derive(Clone, Debug, Default, Eq, Hash, PartialEq)]
 pub struct Pair {
-    own: BTreeSet<Epoch>,
-    held: BTreeSet<Epoch>,
+    /// Ascending, as the next.
+    own: Vec<Epoch>,
+    held: Vec<Epoch>,
     newest_held: Option<Epoch>,
-    confirmed: BTreeSet<Generation>,
-    inbound: BTreeMap<Generation, Receive>,
-    outbound: BTreeMap<Generation, Send>,
+    confirmed: Vec<Generation>,
+    inbound: LiteMap<Generation, Receive>,
+    outbound: LiteMap<Generation, Send>,
     data: Option<Generation>,
     said: Option<Generation>,
     known: Option<Generation>,
@@ -135,7 +137,7 @@ impl Pair {
     /// A pair that knows `own`, our live epochs, and what an earlier process left.
     pub fn new(own: impl IntoIterator<Item = Epoch>, inherited: Inherited) -> Self {
         Self {
-            own: own.into_iter().collect(),
+            own: own.into_iter().collect::<BTreeSet<_>>().into_iter().collect(),
             inherited,
             ..Self::default()
         }
@@ -143,7 +145,7 @@ impl Pair {
 
     /// Our epoch `epoch` begins. Publish it only after [`Pair::installed`] came for what this makes wanted.
     pub fn own_epoch(&mut self, epoch: Epoch) {
-        self.own.insert(epoch);
+        add(&mut self.own, epoch);
         for &peer in &self.held {
             self.inbound
                 .entry(Generation {
@@ -170,7 +172,7 @@ impl Pair {
         self.outbound.retain(|g, _| !clash(g.receiver));
         self.confirmed.retain(|g| !clash(g.receiver));
         self.data = self.data.filter(|g| !clash(g.receiver));
-        self.held.insert(epoch);
+        add(&mut self.held, epoch);
         self.newest_held = Some(epoch);
         for &own in &self.own {
             self.inbound
@@ -211,7 +213,7 @@ impl Pair {
 
     /// The sending SA of `generation` is gone. True if only a new epoch of ours can mend it.
     pub fn lost_sending(&mut self, generation: Generation) -> bool {
-        self.confirmed.remove(&generation);
+        self.confirmed.retain(|g| *g != generation);
         match self.outbound.insert(generation, Send::Spent) {
             Some(Send::Making | Send::Live) => true,
             Some(Send::Spent) | None => false,
@@ -237,7 +239,7 @@ impl Pair {
         if self.held.contains(&sent.sender) && self.own.contains(&sent.receiver) {
             let ours = sent.reverse();
             if self.outbound.get(&ours) != Some(&Send::Spent) {
-                self.confirmed.insert(ours);
+                add(&mut self.confirmed, ours);
             }
             self.heard = Some(now);
             telling = true;
@@ -306,15 +308,14 @@ impl Pair {
 
     /// Whether there are epochs beyond the newest two and those in use.
     fn outdated(&self) -> bool {
-        let excess = |epochs: &BTreeSet<Epoch>, used: Option<Epoch>| {
-            epochs.iter().rev().skip(2).any(|epoch| Some(*epoch) != used)
-        };
+        let excess =
+            |epochs: &[Epoch], used: Option<Epoch>| epochs.iter().rev().skip(2).any(|epoch| Some(*epoch) != used);
         excess(&self.own, self.data.map(|g| g.sender)) || excess(&self.held, self.data.map(|g| g.receiver))
     }
 
     /// Rule 6: the peer's data goes on `data`, and it never goes back.
     fn retire(&mut self, data: Generation, now: Duration) {
-        for (generation, state) in &mut self.inbound {
+        for (generation, state) in self.inbound.iter_mut() {
             if data.reaches(*generation) && *generation != data && !matches!(state, Receive::Draining(_)) {
                 *state = Receive::Draining(now + DRAIN);
             }
@@ -352,7 +353,7 @@ impl Pair {
         };
         self.data = Some(best);
         self.inherited.data = None;
-        for (generation, state) in &mut self.outbound {
+        for (generation, state) in self.outbound.iter_mut() {
             if !generation.reaches(best) {
                 *state = Send::Spent;
             }
@@ -436,7 +437,14 @@ impl Pair {
     }
 }
 
-fn keep_newest_two(epochs: &mut BTreeSet<Epoch>, also: Option<Epoch>) {
+/// Puts `one` at its place in an ascending list, unless it is there.
+fn add<T: Ord>(list: &mut Vec<T>, one: T) {
+    if let Err(at) = list.binary_search(&one) {
+        list.insert(at, one);
+    }
+}
+
+fn keep_newest_two(epochs: &mut Vec<Epoch>, also: Option<Epoch>) {
     let newest: Vec<Epoch> = epochs.iter().rev().take(2).copied().collect();
     epochs.retain(|e| newest.contains(e) || Some(*e) == also);
 }

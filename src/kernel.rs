@@ -5,6 +5,7 @@
 //! lays the operations of many scopes out as one sequence, makes before breaks. Nothing here does I/O: `netlink`
 //! reads and writes.
 
+pub mod device;
 pub mod encap;
 pub mod firewall;
 pub mod iptables;
@@ -22,6 +23,7 @@ use xfrm::{Family, PolicyId, SaId};
 
 use crate::epochs::Generation;
 use crate::lease::NodeName;
+use device::{Device, Mac};
 use firewall::Firewall;
 
 /// The protocol number of every route we make (`ip route show proto 114`); none that iproute2 or a router names.
@@ -102,6 +104,10 @@ pub enum Key {
     Sa(SaId),
     /// A peer's policy.
     Policy(PolicyId),
+    /// Which Ethernet address has this IP address behind a device.
+    Neighbour(String, IpAddr),
+    /// Where frames to this Ethernet address go from a device (its forwarding database).
+    Fdb(String, Mac),
     /// The route to a peer's subnet.
     Route(IpNet),
 }
@@ -119,6 +125,8 @@ pub enum Kind {
     HashThreshold,
     Sa,
     Policy,
+    Neighbour,
+    Fdb,
     Route,
 }
 
@@ -135,6 +143,8 @@ impl Key {
             Self::HashThreshold(_) => Kind::HashThreshold,
             Self::Sa(_) => Kind::Sa,
             Self::Policy(_) => Kind::Policy,
+            Self::Neighbour(..) => Kind::Neighbour,
+            Self::Fdb(..) => Kind::Fdb,
             Self::Route(_) => Kind::Route,
         }
     }
@@ -152,6 +162,8 @@ impl fmt::Display for Key {
             Self::HashThreshold(family) => write!(f, "policy hash threshold {family:?}"),
             Self::Sa(id) => write!(f, "SA {id}"),
             Self::Policy(id) => write!(f, "policy {id}"),
+            Self::Neighbour(link, address) => write!(f, "neighbour {address} on {link}"),
+            Self::Fdb(link, mac) => write!(f, "fdb entry {mac} on {link}"),
             Self::Route(net) => write!(f, "route {net}"),
         }
     }
@@ -168,13 +180,10 @@ pub enum Object {
     Unreachable,
     /// A policy, of the guard or of a peer.
     Policy(Box<xfrm::Policy>),
-    /// A device that swallows what reaches it, with its MTU in bytes.
-    Link {
-        /// The largest packet that a pod may send through the mesh, bytes.
-        mtu: u32,
-        /// Whether it is set up; a device that is down has lost its routes. False only as read, nobody wants it so.
-        up: bool,
-    },
+    /// A route that swallows, of the worst metric.
+    Blackhole,
+    /// A device.
+    Link(Box<Device>),
     /// An address of a whole prefix length (/32, /128).
     Address,
     /// Policies are hashed by these leading bits of their remote end and by none of their local end.
@@ -189,15 +198,34 @@ pub enum Object {
         /// The generation that the key belongs to.
         born: Option<Generation>,
     },
-    /// A route into the mesh device.
-    Route {
-        /// The device's name.
-        link: String,
-        /// The source address that the node's own traffic takes.
-        source: IpAddr,
-        /// The route's own MTU where it is below the device's, bytes.
-        mtu: Option<u32>,
-    },
+    /// The permanent address of a neighbour.
+    Neighbour(Mac),
+    /// The permanent outer destination of a forwarding entry.
+    Fdb(IpAddr),
+    /// A route to a peer's subnet.
+    Route(Route),
+}
+
+/// Where packets to a subnet go.
+#[derive(Clone, Debug, Eq, PartialEq)]
+pub struct Route {
+    /// The name of the device that they leave by.
+    pub link: String,
+    /// The next hop; none where the device itself leads to it.
+    pub via: Option<Via>,
+    /// The source address that the node's own traffic takes, where it is not the kernel's choice.
+    pub source: Option<IpAddr>,
+    /// The route's own MTU where it is below the device's, bytes.
+    pub mtu: Option<u32>,
+}
+
+/// A next hop.
+#[derive(Clone, Copy, Debug, Eq, PartialEq)]
+pub struct Via {
+    /// Its address.
+    pub gateway: IpAddr,
+    /// Whether it is taken to be on the device's link whatever the device's addresses are.
+    pub onlink: bool,
 }
 
 /// Objects by key.

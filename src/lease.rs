@@ -14,6 +14,10 @@ use ipnet::{IpNet, Ipv4Net, Ipv6Net};
 use keys::Slot;
 use serde::{Deserialize, Serialize};
 
+mod data;
+
+pub use data::BackendData;
+
 /// A node's name: 1 to 253 printable ASCII characters without space or slash. Cheap to clone.
 #[derive(Clone, Debug, Deserialize, Eq, Hash, Ord, PartialEq, PartialOrd, Serialize)]
 #[serde(try_from = "String", into = "String")]
@@ -170,9 +174,9 @@ pub struct Lease {
     /// flannel's `BackendType`: `ipsec`, `vxlan`, `host-gw`, …; empty where flannel leaves it so.
     pub backend: String,
     /// flannel's `BackendData`: for `ipsec` the statement and its tags, else what the backend publishes.
-    pub data: serde_json::Value,
+    pub data: BackendData,
     /// flannel's `BackendV6Data`.
-    pub v6_data: serde_json::Value,
+    pub v6_data: BackendData,
 }
 
 /// When a lease last changed: rises with every change of a roster, starts at 1.
@@ -483,8 +487,8 @@ mod tests {
             subnets: Subnets::default(),
             public: Addresses::default(),
             backend: String::new(),
-            data: data.into(),
-            v6_data: serde_json::Value::Null,
+            data: serde_json::Value::from(data).into(),
+            v6_data: BackendData::NULL,
         }
     }
 

@@ -34,11 +34,13 @@
 //! | confirmed | a generation whose reverse a probe came on: data may go on it |
 //! | sweep | removing what is ours by its mark and no longer wanted |
 //! | kid | the public name of a PSK |
+//! | tunnel | the packet path of the `udp` backend, in user space |
 //! | withdrawn | of a PSK: no longer in its file, held for peers that have nothing newer |
 //!
 //! Where to read first: [`epochs`] (the rules that the rest serves), [`node`], [`backend::ipsec`] (the datapath),
 //! [`kernel`] and [`reconcile`], then [`daemon`], which joins them. What a lease must prove stands in [`admission`], and
-//! how keys are derived in the crate [`keys`].
+//! how keys are derived in the crate [`keys`]. [`tunnel`] stands alone: it knows routes and counters, and no leases. So
+//! does [`cni`], the CNI plugin, a program of its own that knows the daemon by its subnet.env.
 
 pub mod admin;
 pub mod admission;
@@ -46,6 +48,7 @@ pub mod audit;
 pub mod backend;
 pub mod carrier;
 pub mod cli;
+pub mod cni;
 pub mod config;
 pub mod daemon;
 pub mod epochs;
@@ -58,4 +61,6 @@ pub mod reconcile;
 pub mod store;
 #[cfg(test)]
 mod testing;
+pub mod tunnel;
 pub mod uplink;
+mod watched;

@@ -26,6 +26,7 @@ fn start() -> Result<Shown, Failure> {
 
 /// The daemon, until it is told to stop.
 fn run(flags: &Flags, environment: &Environment) -> Result<Shown, Failure> {
+    process::save_memory();
     log::start(flags.v, environment)?;
     match daemon::run(flags, environment) {
         Ok(()) => Ok(Shown::from(String::new())),

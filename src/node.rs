@@ -11,9 +11,9 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use keys::{
-    Carrier, Cipher, Encap, Encoded, Epoch, EpochSecret, Inbound, Kid, Outbound, ProbeKey, Psk, PublicKey, SaKey, Slot,
-    Statement,
+    Carrier, Encoded, Epoch, EpochSecret, Inbound, Kid, Outbound, ProbeKey, Psk, PublicKey, SaKey, Slot, Statement,
 };
+use litemap::LiteMap;
 use xfrm::{Direction, Sa, SaId};
 
 use crate::admission::{self, Admitted, Claims, Refusal};
@@ -21,17 +21,19 @@ use crate::backend::ipsec::Soft;
 use crate::carrier::Choice;
 use crate::epochs::{Generation, Inherited, Pair, Rollback};
 use crate::kernel::{Key, Object, Objects, Scope, reqid_slot};
-use crate::lease::{Lease, Network, NodeName, Subnets};
+use crate::lease::{BackendData, Lease, NodeName, Subnets};
 use crate::probe::{self, Schedule};
 use crate::uplink::Uplink;
 
 mod keyring;
 mod nat;
 pub mod pace;
+pub mod plain;
 mod plan;
 mod probes;
 mod psks;
 pub mod report;
+mod settings;
 mod vanished;
 
 use nat::{Learned, Mapping};
@@ -40,35 +42,7 @@ use pace::Pace;
 pub use psks::PskReport;
 use psks::Psks;
 pub(crate) use psks::some;
-
-/// What the configuration fixes for the node's decisions.
-#[derive(Clone, Debug, PartialEq)]
-pub struct Settings {
-    /// This node's name.
-    pub name: NodeName,
-    /// The mesh's ranges.
-    pub network: Network,
-    /// The cipher that this node sends with.
-    pub cipher: Cipher,
-    /// Whether ESP travels in UDP, and this node's port for it.
-    pub encap: Encap,
-    /// An epoch's life at most.
-    pub rekey_after: Duration,
-    /// After how much on one SA a new epoch begins.
-    pub rekey: Soft,
-    /// How long a PSK that was taken away is held for peers that have nothing newer.
-    pub psk_grace: Duration,
-    /// The mesh MTU where it is not computed, bytes.
-    pub mtu: Option<u32>,
-    /// Whether pods' traffic to the outside takes the node's address.
-    pub masquerade: bool,
-    /// Whether masquerading picks random ports.
-    pub random_fully: bool,
-    /// Whether the uplink takes IPv6 router advertisements, and so must go on to when forwarding is on.
-    pub advertisements: bool,
-    /// Whether the kernel keeps a direction on an SA.
-    pub directed: bool,
-}
+pub use settings::Settings;
 
 /// One life of our ephemeral key.
 #[derive(Debug)]
@@ -98,7 +72,7 @@ struct Keys {
 enum Sending {
     Fresh(Box<Outbound>),
     /// Made, and not handed out yet, or refused by the kernel before any use; what is not here is spent.
-    Made(BTreeMap<Carrier, SaKey>),
+    Made(LiteMap<Carrier, SaKey>),
 }
 
 /// Which way an SA is used.
@@ -113,14 +87,14 @@ enum Way {
 struct Peer {
     slot: Slot,
     subnets: Subnets,
-    /// Its statements. A map has room for eleven values from its first on, so large ones stand outside of it.
-    epochs: BTreeMap<Epoch, Arc<Admitted>>,
+    /// Its statements. Here and below a flat map: there are one or two, and a tree has room for eleven from its first on.
+    epochs: LiteMap<Epoch, Arc<Admitted>>,
     pair: Pair,
     /// By the sending generation.
-    keys: BTreeMap<Generation, Box<Keys>>,
+    keys: LiteMap<Generation, Box<Keys>>,
     leftovers: BTreeMap<SaId, Sa>,
     /// On which carriers the kernel has a generation's SA.
-    made: BTreeMap<(Generation, Way), BTreeSet<Carrier>>,
+    made: Vec<(Generation, Way, Carrier)>,
     /// SAs that another hand took, whose twin on the other carrier stays until a new epoch follows.
     torn: BTreeSet<(Generation, Way, Carrier)>,
     /// What our data takes where both carriers are open.
@@ -130,9 +104,16 @@ struct Peer {
     /// Under which time it stands among what is due.
     queued: Option<Duration>,
     /// The last question on each carrier: its number, what it said of our data, when it was sent.
-    asked: BTreeMap<Carrier, (u64, Option<Generation>, Duration)>,
+    asked: LiteMap<Carrier, (u64, Option<Generation>, Duration)>,
     round_trip: Option<Duration>,
     trouble: Option<String>,
+}
+
+impl Peer {
+    /// Whether the kernel has a generation's SA on any carrier.
+    fn has_made(&self, generation: Generation, way: Way) -> bool {
+        self.made.iter().any(|(g, w, _)| (*g, *w) == (generation, way))
+    }
 }
 
 /// What a store holds under a node's name, and what came of it.
@@ -206,6 +187,8 @@ pub struct Node {
     /// Peers' public keys towards which a sending key of our epoch was handed out.
     spent: BTreeMap<Epoch, BTreeSet<PublicKey>>,
     pace: Pace,
+    /// What an unencrypted backend keeps.
+    open: plain::Leased,
     ticket: u64,
     tidied: Duration,
     dirty: BTreeSet<Scope>,
@@ -229,6 +212,7 @@ impl Node {
             leftovers: leftovers(left),
             spent: BTreeMap::new(),
             pace: Pace::default(),
+            open: plain::Leased::of(left),
             ticket: 0,
             tidied: Duration::ZERO,
             dirty: BTreeSet::from([Scope::Node]),
@@ -242,13 +226,27 @@ impl Node {
         &self.settings
     }
 
-    /// Takes new settings. The Network can't change while the node lives; the caller refuses that.
-    pub fn configure(&mut self, settings: Settings) {
-        if settings != self.settings {
-            self.settings = settings;
-            self.everything_dirty();
-            self.check_statement();
+    /// Takes new settings. The Network can't change while the node lives; the caller refuses that. True where encryption
+    /// begins or ends with it: then every lease is forgotten, and to be told anew ([`Node::leased`]) before the next pass.
+    pub fn configure(&mut self, settings: Settings) -> bool {
+        if settings == self.settings {
+            return false;
         }
+        let switches = settings.plain.is_some() != self.settings.plain.is_some();
+        self.everything_dirty();
+        self.settings = settings;
+        if switches {
+            for name in self.peers.keys().cloned().collect::<Vec<_>>() {
+                self.drop_peer(&name);
+            }
+            self.known.clear();
+            self.open.clear();
+            self.own.clear();
+            (self.claims, self.bygone) = Default::default();
+            self.want(Cause::Changed);
+        }
+        self.check_statement();
+        switches
     }
 
     /// The uplink is this now.
@@ -273,6 +271,9 @@ impl Node {
     pub fn leased(&mut self, name: &NodeName, lease: Option<&Arc<Lease>>, now: Duration) {
         if *name == self.settings.name {
             return;
+        }
+        if self.settings.plain.is_some() {
+            return self.leased_plain(name, lease);
         }
         let touched = match lease {
             None => self.vanish(name, now),
@@ -380,17 +381,17 @@ impl Node {
             let peer = Peer {
                 slot: admitted.slot,
                 subnets,
-                epochs: BTreeMap::new(),
+                epochs: LiteMap::with_capacity(1),
                 pair: Pair::new(fit, inherited),
-                keys: BTreeMap::new(),
+                keys: LiteMap::with_capacity(1),
                 leftovers: left.sas,
-                made: BTreeMap::new(),
+                made: Vec::with_capacity(2),
                 torn: BTreeSet::new(),
                 choice: Choice::new(presumed),
                 mapping,
                 schedule: Schedule::at_once(now),
                 queued: None,
-                asked: BTreeMap::new(),
+                asked: LiteMap::with_capacity(1),
                 round_trip: None,
                 trouble: None,
             };
@@ -449,7 +450,7 @@ impl Node {
 
     /// Whether there is all that an epoch's statement says.
     fn ready(&self) -> bool {
-        self.held.is_some() && self.uplink.is_some() && !self.psks.all().is_empty()
+        self.plain().is_none() && self.held.is_some() && self.uplink.is_some() && !self.psks.all().is_empty()
     }
 
     /// No epoch can begin at `now`, and `why`. True if that was not known yet.
@@ -590,6 +591,9 @@ impl Node {
 
     /// The lease to publish: that of the newest epoch.
     pub fn lease(&self) -> Option<Lease> {
+        if let Some(plain) = &self.settings.plain {
+            return self.plain_lease(plain);
+        }
         let newest = self.own.values().next_back()?;
         let kid_holder = |kid: &Kid| self.psks.get(*kid).cloned();
         let psks: Option<Vec<Arc<Psk>>> = newest.statement.kids.iter().map(kid_holder).collect();
@@ -599,7 +603,7 @@ impl Node {
             public: newest.statement.addresses.iter().copied().collect(),
             backend: "ipsec".into(),
             data: admission::publish(&newest.encoded, &psks?),
-            v6_data: serde_json::Value::Null,
+            v6_data: BackendData::NULL,
         })
     }
 
@@ -659,6 +663,20 @@ impl Node {
     pub fn everything_dirty(&mut self) {
         self.dirty.insert(Scope::Node);
         self.dirty.extend(self.peers.keys().cloned().map(Scope::Peer));
+        if self.plain().is_some() {
+            self.dirty.extend(self.known.keys().cloned().map(Scope::Peer));
+            // What was left while this was not known yet can be told now.
+            self.dirty.insert(Scope::Orphans);
+        }
+    }
+
+    /// Whether all that this node wants is known, so that what nobody wants is nobody's: for ipsec only with an epoch,
+    /// before which no peer is planned.
+    pub fn settled(&self) -> bool {
+        match self.plain() {
+            Some(_) => self.held.is_some() && self.uplink.is_some(),
+            None => self.epoch().is_some(),
+        }
     }
 
     /// The kernel holds an SA of this process that it did not hold before.
@@ -674,9 +692,10 @@ impl Node {
         };
         if let Some(peer) = self.peers.get_mut(name) {
             let before = (peer.pair.probe(), peer.pair.data());
-            let made = peer.made.entry((born, way)).or_default();
-            made.insert(parts.carrier);
-            let whole = open.iter().all(|carrier| made.contains(carrier));
+            if !peer.made.contains(&(born, way, parts.carrier)) {
+                peer.made.push((born, way, parts.carrier));
+            }
+            let whole = open.iter().all(|carrier| peer.made.contains(&(born, way, *carrier)));
             match way {
                 // Also where its twin was refused: what is half made is not to be forgotten.
                 Way::Out if !whole => peer.pair.programmed(born),
@@ -702,12 +721,10 @@ impl Node {
                 } else {
                     Way::In
                 };
-                let made = peer.made.remove(&(generation, way));
-                let known = made.is_some();
-                let left: BTreeSet<Carrier> = made.into_iter().flatten().filter(|c| *c != parts.carrier).collect();
-                if known && !left.is_empty() {
+                let known = peer.has_made(generation, way);
+                peer.made.retain(|made| *made != (generation, way, parts.carrier));
+                if peer.has_made(generation, way) {
                     // Its twin serves until a new epoch follows.
-                    peer.made.insert((generation, way), left);
                     peer.torn.insert((generation, way, parts.carrier));
                     true
                 } else {
@@ -730,6 +747,9 @@ impl Node {
 
     /// The last pass left this trouble for a peer, or none.
     pub fn troubled(&mut self, name: &NodeName, trouble: Option<String>) {
+        if self.plain().is_some() {
+            return self.open.troubled(name, trouble);
+        }
         if let Some(peer) = self.peers.get_mut(name) {
             peer.trouble = trouble;
         }

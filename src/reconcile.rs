@@ -34,6 +34,8 @@ const RESERVED: usize = 8;
 const FEW: usize = 8;
 /// The longest wait between two readings of the whole kernel where notifications go on being lost.
 const RARELY: Duration = Duration::from_secs(5);
+/// So many operations a batch at most: their messages, and a second copy of them, are in memory at one time.
+const BATCH: usize = 512;
 /// So many rounds a pass at most: each lets what the one before made known take effect.
 const ROUNDS: usize = 8;
 
@@ -264,7 +266,7 @@ impl<D: Datapath> Reconciler<D> {
         if let Key::Link(link) = key {
             // Its addresses and routes went with it; once another device has its name, nothing tells of them.
             let hung = |other: &&Key| match other {
-                Key::Address(device, _) => device == link,
+                Key::Address(device, _) | Key::Neighbour(device, _) | Key::Fdb(device, _) => device == link,
                 other => other.kind() == Kind::Route,
             };
             for other in self.actual.keys().filter(hung).cloned().collect::<Vec<_>>() {
@@ -421,17 +423,33 @@ impl<D: Datapath> Reconciler<D> {
             for scope in &scopes {
                 ops.extend(self.plan(scope).into_iter().map(|op| (scope.clone(), op)));
             }
+            // What has gone over to another scope in this very pass is that one's.
+            ops.retain(|(scope, op)| {
+                let theirs = |key| self.owner.get(key).is_some_and(|owner| owner != scope);
+                !matches!(op, Op::Break(key) if theirs(key))
+            });
             // Without the guard nothing is opened, also while the node's own scope waits for its next try.
             let guardless = self.failing.contains_key(&Scope::Node) && !scopes.contains(&Scope::Node);
+            let many = ops.len() >= BATCH;
             let failed = self.write(order(ops), guardless, now);
             self.settle(&scopes, failed, now, &mut tried);
+            if many {
+                self.compact();
+            }
         }
+    }
+
+    /// A tree that grew key by key is half empty; made of all its keys it is full.
+    fn compact(&mut self) {
+        self.actual = std::mem::take(&mut self.actual).into_iter().collect();
+        self.owner = std::mem::take(&mut self.owner).into_iter().collect();
+        self.owned = std::mem::take(&mut self.owned).into_iter().collect();
     }
 
     fn plan(&mut self, scope: &Scope) -> Vec<Op> {
         if *scope == Scope::Orphans {
             // Before the first epoch no peer is planned, and what an earlier process left is still in use.
-            let known = self.complete && self.node.epoch().is_some();
+            let known = self.complete && self.node.settled();
             let sweep = |key: &&Key| known && !self.owner.contains_key(*key);
             return self
                 .actual
@@ -503,7 +521,7 @@ impl<D: Datapath> Reconciler<D> {
         self.node.desired(scope)
     }
 
-    /// Writes ordered operations, one batch for each run of one kind; returns the scopes that failed. Where the node is
+    /// Writes ordered operations, a batch for each run of one kind, or several; returns the scopes that failed. Where the node is
     /// `guardless`, its own scope counts as failed from the start.
     fn write(&mut self, ops: Vec<(Scope, Op)>, guardless: bool, now: Duration) -> BTreeMap<Scope, String> {
         let mut failed: BTreeMap<Scope, String> = BTreeMap::new();
@@ -514,7 +532,10 @@ impl<D: Datapath> Reconciler<D> {
         while let Some((_, first)) = ops.peek() {
             let run = (first.key().kind(), matches!(first, Op::Break(_)));
             let (mut scopes, mut batch) = (Vec::new(), Vec::new());
-            while let Some((scope, op)) = ops.next_if(|(_, op)| (op.key().kind(), matches!(op, Op::Break(_))) == run) {
+            let same = |(_, op): &(Scope, Op)| (op.key().kind(), matches!(op, Op::Break(_))) == run;
+            while batch.len() < BATCH
+                && let Some((scope, op)) = ops.next_if(same)
+            {
                 if failed.contains_key(&scope) || failed.contains_key(&Scope::Node) {
                     continue;
                 }

@@ -13,8 +13,12 @@
 
 mod allocate;
 pub mod dir;
+pub mod etcd;
 mod folder;
 pub mod format;
+mod health;
+mod jitter;
+pub mod kube;
 mod mirror;
 mod notice;
 #[cfg(test)]
@@ -22,7 +26,6 @@ mod tests;
 
 use std::io;
 use std::path::{Path, PathBuf};
-use std::time::{Duration, Instant};
 
 use keys::Slot;
 use nix::errno::Errno;
@@ -30,12 +33,19 @@ use tokio::sync::watch;
 
 use crate::lease::{Addresses, Lease, Network, NoSlot, NodeName, Roster, Subnets};
 use dir::Dir;
+use etcd::{Access, Etcd, Lifetime};
+pub use health::{Health, Trouble};
+use kube::Kube;
 
 /// A store of leases. Cheap to clone; the last clone to go stops the watching.
 #[derive(Clone, Debug)]
 pub enum Store {
     /// A folder of files.
     Dir(Dir),
+    /// An etcd cluster.
+    Etcd(Etcd),
+    /// The Nodes of a Kubernetes cluster.
+    Kube(Kube),
 }
 
 /// What a node asks of [`Store::acquire`].
@@ -58,31 +68,6 @@ pub struct Held {
     pub slot: Slot,
     /// The node's own lease as the store had it before, perhaps of other subnets: what an earlier process published.
     pub previous: Option<Lease>,
-}
-
-/// Whether a store works, one answer for reading and one for writing.
-#[derive(Clone, Debug, Default, Eq, PartialEq)]
-pub struct Health {
-    /// Why the roster may be old.
-    pub reading: Option<Trouble>,
-    /// Why the last acquire, publish or release failed.
-    pub writing: Option<Trouble>,
-}
-
-/// What fails, and how long already.
-#[derive(Clone, Debug, Eq, PartialEq)]
-pub struct Trouble {
-    /// The last error, with its causes.
-    pub error: String,
-    /// When the first of an unbroken row of errors came.
-    pub since: Instant,
-}
-
-impl Trouble {
-    /// How long already, at `now`.
-    pub fn lasts(&self, now: Instant) -> Duration {
-        now.saturating_duration_since(self.since)
-    }
 }
 
 /// Why a store did not do what was asked. What it holds is unchanged, except where a variant says otherwise.
@@ -183,6 +168,36 @@ pub enum StoreError {
         /// What this process wrote or found last.
         written: u64,
     },
+    /// etcd did not do it.
+    #[error("{doing}: {why}")]
+    Etcd {
+        /// What was being done.
+        doing: &'static str,
+        /// The reason, etcd's or the network's.
+        why: String,
+        /// Whether it may go by itself.
+        transient: bool,
+    },
+    /// The API server of Kubernetes did not do it.
+    #[error("{doing}: {why}")]
+    Kube {
+        /// What was being done.
+        doing: &'static str,
+        /// The reason, the server's or the network's.
+        why: String,
+        /// Whether it may go by itself.
+        transient: bool,
+    },
+    /// The node's subnet is another one now.
+    #[error("node {node} has podCIDR {assigned} now, not {held}: its Node was made anew; the lease moves there")]
+    Moved {
+        /// The node.
+        node: NodeName,
+        /// What was to be published.
+        held: Subnets,
+        /// What the Node says.
+        assigned: Subnets,
+    },
     /// The lease does not fit into the store.
     #[error("lease of {bytes} bytes: at most {max} are stored")]
     TooBig {
@@ -215,10 +230,12 @@ impl StoreError {
             | Self::Full { .. }
             | Self::Locked { .. }
             | Self::Io { .. } => true,
+            Self::Etcd { transient, .. } | Self::Kube { transient, .. } => *transient,
             Self::Exhausted { .. }
             | Self::Stolen { .. }
             | Self::Occupied { .. }
             | Self::Superseded { .. }
+            | Self::Moved { .. }
             | Self::TooBig { .. }
             | Self::NoSubnet(_)
             | Self::NoSlot(_)
@@ -258,10 +275,29 @@ impl Store {
         Ok(Self::Dir(Dir::open(path).await?))
     }
 
+    /// Opens an etcd cluster as a store and waits until it has been read once. To be called in a tokio runtime.
+    ///
+    /// # Errors
+    /// [`StoreError::Etcd`] for what time does not mend: unreadable files, wrong credentials.
+    pub async fn open_etcd(access: Access, lifetime: Lifetime) -> Result<Self, StoreError> {
+        Ok(Self::Etcd(Etcd::open(access, lifetime).await?))
+    }
+
+    /// Opens the Nodes of a Kubernetes cluster as a store and waits until they have been read once. To be called in a
+    /// tokio runtime.
+    ///
+    /// # Errors
+    /// [`StoreError::Kube`] for what time does not mend: an unreadable kubeconfig, no cluster around.
+    pub async fn open_kube(access: kube::Access) -> Result<Self, StoreError> {
+        Ok(Self::Kube(Kube::open(access).await?))
+    }
+
     /// Every lease of the store. Only real changes wake a reader; [`Roster::since`] lists them.
     pub fn roster(&self) -> watch::Receiver<Roster> {
         match self {
             Self::Dir(dir) => dir.roster(),
+            Self::Etcd(etcd) => etcd.roster(),
+            Self::Kube(kube) => kube.roster(),
         }
     }
 
@@ -269,6 +305,8 @@ impl Store {
     pub async fn config(&self) -> Result<Option<String>, StoreError> {
         match self {
             Self::Dir(dir) => dir.config().await,
+            Self::Etcd(etcd) => etcd.config().await,
+            Self::Kube(_) => Ok(None),
         }
     }
 
@@ -276,6 +314,8 @@ impl Store {
     pub fn config_changes(&self) -> watch::Receiver<Option<String>> {
         match self {
             Self::Dir(dir) => dir.config_changes(),
+            Self::Etcd(etcd) => etcd.config_changes(),
+            Self::Kube(kube) => kube.config_changes(),
         }
     }
 
@@ -286,6 +326,8 @@ impl Store {
     pub async fn acquire(&self, node: &NodeName, network: &Network, claim: &Claim) -> Result<Held, StoreError> {
         match self {
             Self::Dir(dir) => dir.acquire(node, network, claim).await,
+            Self::Etcd(etcd) => Box::pin(etcd.acquire(node, network, claim)).await,
+            Self::Kube(kube) => Box::pin(kube.acquire(node, network)).await,
         }
     }
 
@@ -294,6 +336,8 @@ impl Store {
     pub async fn publish(&self, lease: &Lease) -> Result<(), StoreError> {
         match self {
             Self::Dir(dir) => dir.publish(lease).await,
+            Self::Etcd(etcd) => Box::pin(etcd.publish(lease)).await,
+            Self::Kube(kube) => Box::pin(kube.publish(lease)).await,
         }
     }
 
@@ -301,6 +345,8 @@ impl Store {
     pub async fn release(&self, node: &NodeName, subnets: &Subnets) -> Result<(), StoreError> {
         match self {
             Self::Dir(dir) => dir.release(node, subnets).await,
+            Self::Etcd(etcd) => etcd.release(node, subnets).await,
+            Self::Kube(kube) => Box::pin(kube.release(node, subnets)).await,
         }
     }
 
@@ -308,6 +354,8 @@ impl Store {
     pub fn health(&self) -> Health {
         match self {
             Self::Dir(dir) => dir.health(),
+            Self::Etcd(etcd) => etcd.health(),
+            Self::Kube(kube) => kube.health(),
         }
     }
 }

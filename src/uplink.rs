@@ -14,6 +14,7 @@ use std::fmt;
 use std::net::IpAddr;
 use std::str::FromStr;
 
+use ipnet::IpNet;
 use regex::Regex;
 
 pub use choose::choose;
@@ -34,6 +35,25 @@ pub struct Uplink {
     pub local: Addresses,
     /// The addresses that other nodes send to: `--public-ip` and `--public-ipv6`, else the local ones.
     pub public: Addresses,
+    /// The main table's routes, longest first: which networks are on the interface's own link.
+    pub routes: Vec<LinkRoute>,
+}
+
+/// A route, as far as it says what is on the uplink's link.
+#[derive(Clone, Copy, Debug, Eq, Ord, PartialEq, PartialOrd)]
+pub struct LinkRoute {
+    /// Where to.
+    pub net: IpNet,
+    /// Whether what is there is reached by the uplink without a router.
+    pub direct: bool,
+}
+
+impl Uplink {
+    /// Whether `address` is reached by the uplink without a router.
+    pub fn on_link(&self, address: IpAddr) -> bool {
+        let best = self.routes.iter().find(|route| route.net.contains(&address));
+        best.is_some_and(|route| route.direct)
+    }
 }
 
 /// How the operator wants the uplink to be chosen.
@@ -152,6 +172,8 @@ pub struct Facts {
     pub links: BTreeMap<u32, Link>,
     /// The addresses, in the kernel's order.
     pub addresses: Vec<Address>,
+    /// The other routes of the main table that are none of the mesh's.
+    pub routes: Vec<FoundRoute>,
     /// The default routes of the main table.
     pub default_routes: Vec<DefaultRoute>,
     /// What `ip route get` says of [`Choice::can_reach`], or the reason why nothing.
@@ -190,6 +212,19 @@ pub struct Address {
     pub temporary: bool,
     /// Whether duplicate address detection is running or has failed, so that it can't be used.
     pub unusable: bool,
+}
+
+/// A route that is not the default.
+#[derive(Clone, Copy, Debug, Eq, PartialEq)]
+pub struct FoundRoute {
+    /// Where to.
+    pub net: IpNet,
+    /// The interface it leads to; none where it leads nowhere.
+    pub index: Option<u32>,
+    /// Whether it names a router.
+    pub routed: bool,
+    /// Its metric; the lowest counts.
+    pub metric: u32,
 }
 
 /// A default route.

@@ -12,7 +12,7 @@ use ring::rand::SystemRandom;
 use ringmail::admission::{publish, verify};
 use ringmail::epochs::Generation;
 use ringmail::kernel::Objects;
-use ringmail::lease::{Lease, Subnets};
+use ringmail::lease::{BackendData, Lease, Subnets};
 use ringmail::node::Node;
 use ringmail::node::report::State;
 use ringmail::probe::{self, Probe, Schedule};
@@ -51,7 +51,7 @@ fn lease(statement: &Statement) -> Lease {
         public: statement.addresses.iter().copied().collect(),
         backend: "ipsec".into(),
         data: publish(&statement.encode().expect("a good statement"), &[psk(1)]),
-        v6_data: serde_json::Value::Null,
+        v6_data: BackendData::NULL,
     }
 }
 
@@ -108,7 +108,7 @@ fn a_good_lease_is_admitted() {
 fn a_silent_lease_is_named_so() {
     let mut silent = lease(&statement(2, 7));
     silent.backend = String::new();
-    silent.data = serde_json::Value::Null;
+    silent.data = BackendData::NULL;
     refused(
         &silent,
         "it has taken a subnet and said nothing yet: its daemon is starting, or stopped before it began",
@@ -131,7 +131,8 @@ fn another_backend_is_named_so() {
 fn garbage_is_named_so() {
     let good = lease(&statement(2, 7));
     let with = |data| Lease { data, ..good.clone() };
-    let (statement, tags) = (&good.data["Statement"], &good.data["Tags"]);
+    let said = good.data.value();
+    let (statement, tags) = (&said["Statement"], &said["Tags"]);
     let table = [
         (json!(7), "invalid type: integer `7`, expected struct Published"),
         (
@@ -158,7 +159,7 @@ fn garbage_is_named_so() {
         ),
     ];
     for (data, why) in table {
-        refused(&with(data), &format!("BackendData is no statement: {why}"));
+        refused(&with(data.into()), &format!("BackendData is no statement: {why}"));
     }
 }
 
@@ -193,7 +194,9 @@ fn a_wrong_tag_is_named_with_its_psk() {
         let mut bytes = bytes.clone();
         bytes[bit / 8] ^= 1 << (bit % 8);
         let mut forged = good.clone();
-        forged.data["Statement"] = json!(base64(&bytes));
+        let mut said = forged.data.value();
+        said["Statement"] = json!(base64(&bytes));
+        forged.data = said.into();
         assert!(
             verify(&forged, &make::network(Families::V4), &[psk(1)]).is_err(),
             "bit {bit}"
@@ -292,7 +295,7 @@ fn garbage_in_the_place_of_a_good_lease_leaves_the_good_one_in_use() {
     offer(
         &mut node,
         &Lease {
-            data: json!("x"),
+            data: json!("x").into(),
             ..good
         },
     );
@@ -432,7 +435,7 @@ fn probe_keys() -> (keys::ProbeKey, keys::ProbeKey) {
 proptest! {
     #[test]
     fn arbitrary_json_in_a_lease_is_refused_and_never_panics(data in any_json(), backend in prop_oneof![Just("ipsec".to_owned()), ".{0,8}"]) {
-        let said = Lease { data, backend, ..lease(&statement(2, 7)) };
+        let said = Lease { data: data.into(), backend, ..lease(&statement(2, 7)) };
         prop_assert!(verify(&said, &make::network(Families::V4), &[psk(1)]).is_err());
     }
 

@@ -10,7 +10,7 @@ use ring::rand::SystemRandom;
 use ringmail::admission::publish;
 use ringmail::backend::ipsec::{MOST, Soft, limits};
 use ringmail::kernel::{Key, Kind, Object, Objects, Scope};
-use ringmail::lease::Lease;
+use ringmail::lease::{BackendData, Lease};
 use ringmail::node::report::{Report, State};
 use ringmail::node::{Cause, Node};
 use sim::make::{self, Families};
@@ -56,7 +56,7 @@ fn forged(number: u32, epoch: u64, listed: &[u8], tagged: &[u8]) -> Lease {
         public: statement.addresses.iter().copied().collect(),
         backend: "ipsec".into(),
         data: publish(&statement.encode().expect("a good statement"), &psks(tagged)),
-        v6_data: serde_json::Value::Null,
+        v6_data: BackendData::NULL,
     }
 }
 

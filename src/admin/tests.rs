@@ -410,7 +410,10 @@ fn what_was_noted_is_read_back() {
     let folder = Folder::new();
     assert_eq!(Remembered::read(folder.path()).unwrap(), None);
     let note = Remembered {
+        kube: None,
         lease_dir: Some("/var/lib/ringmail".into()),
+        etcd: None,
+        public: vec!["192.0.2.1".parse().unwrap()],
         node: NodeName::new("node-a").unwrap(),
         subnets: vec!["10.244.1.0/24".parse().unwrap(), "fd00:244:0:1::/64".parse().unwrap()],
         subnet_file: None,

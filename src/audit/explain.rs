@@ -9,7 +9,9 @@ use xfrm::{Action, Direction, Limits, Policy, Sa, SaId, Selector};
 
 use super::Directory;
 use crate::epochs::Generation;
-use crate::kernel::{Key, Object, Objects, firewall::Firewall, reqid_slot};
+use crate::kernel::device::{Device, DeviceKind};
+use crate::kernel::firewall::{Firewall, Form};
+use crate::kernel::{Key, Object, Objects, Route, reqid_slot};
 
 /// What an SA is used for.
 #[derive(Clone, Copy, Debug, Deserialize, Eq, PartialEq, Serialize)]
@@ -188,25 +190,61 @@ pub(super) fn describe(object: &Object) -> String {
         Object::Firewall(firewall) => describe_firewall(firewall),
         Object::Unreachable => "unreachable".into(),
         Object::Policy(policy) => describe_policy(policy),
-        Object::Link { mtu, up } => format!("mtu {mtu}{}", if *up { "" } else { ", down" }),
+        Object::Blackhole => "blackhole".into(),
+        Object::Link(device) => describe_device(device),
+        Object::Neighbour(mac) => format!("lladdr {mac}"),
+        Object::Fdb(remote) => format!("dst {remote}"),
         Object::Address => "present".into(),
         Object::HashThreshold { remote } => format!("local 0, remote {remote} bits"),
         Object::Sa { sa, .. } => describe_sa(sa),
-        Object::Route { link, source, mtu } => {
-            let mtu = mtu.map(|mtu| format!(" mtu {mtu}")).unwrap_or_default();
-            format!("dev {link} src {source}{mtu}")
-        }
+        Object::Route(route) => describe_route(route),
     }
+}
+
+fn describe_device(Device { kind, mtu, up }: &Device) -> String {
+    let down = if *up { "" } else { ", down" };
+    let kind = match kind {
+        DeviceKind::Sink => String::new(),
+        DeviceKind::Vxlan(vxlan) => format!(
+            ", vxlan id {} local {} dstport {} address {}{}{}",
+            vxlan.vni,
+            vxlan.local,
+            vxlan.port,
+            vxlan.mac,
+            if vxlan.learning { "" } else { " nolearning" },
+            if vxlan.gbp { " gbp" } else { "" }
+        ),
+        DeviceKind::Ipip { local } => format!(", ipip local {local}"),
+        DeviceKind::Tun => ", tun".into(),
+    };
+    format!("mtu {mtu}{kind}{down}")
+}
+
+fn describe_route(Route { link, via, source, mtu }: &Route) -> String {
+    let onlink = if via.is_some_and(|via| via.onlink) {
+        " onlink"
+    } else {
+        ""
+    };
+    let via = via.map(|via| format!("via {} ", via.gateway)).unwrap_or_default();
+    let source = source.map(|source| format!(" src {source}")).unwrap_or_default();
+    let mtu = mtu.map(|mtu| format!(" mtu {mtu}")).unwrap_or_default();
+    format!("{via}dev {link}{onlink}{source}{mtu}")
 }
 
 fn describe_firewall(firewall: &Firewall) -> String {
     let Firewall {
+        form,
         own,
         uplink,
         masquerade,
         ..
     } = firewall;
     let masquerade = if *masquerade { ", masquerade" } else { "" };
+    if let Form::Open { forward, .. } = form {
+        let forward = if *forward { ", forwarding accepted" } else { "" };
+        return format!("own subnets {own}{masquerade}{forward}");
+    }
     format!("the guard at {uplink}, own subnets {own}{masquerade}")
 }
 
@@ -290,6 +328,8 @@ pub(super) fn command(key: &Key, object: Option<&Object>) -> String {
             format!("ip xfrm policy {verb} dir {direction} {}", selector(&id.selector))
         }
         Key::Link(name) => format!("ip -d link show dev {name}"),
+        Key::Neighbour(link, address) => format!("ip neighbour show {address} dev {link}"),
+        Key::Fdb(link, mac) => format!("bridge fdb show dev {link} | grep {mac}"),
         Key::Address(link, _) => format!("ip address show dev {link}"),
         // Twice counted shows the thresholds.
         Key::HashThreshold(_) => "ip -s -s xfrm policy count".into(),

@@ -8,10 +8,15 @@ use xfrm::{Action, Direction, Policy, PolicyId};
 
 use super::{Directory, explain};
 use crate::backend::ipsec::LINK;
-use crate::kernel::{Guard, Key, Object, Objects};
+use crate::kernel::{Guard, Key, Object, Objects, Route};
 
 /// Each way, one sentence with what else holds; in a fixed order.
 pub(super) fn ways(actual: &Objects, directory: &Directory) -> Vec<String> {
+    if let Some(backend) = directory.unencrypted {
+        return vec![format!(
+            "backend {backend} does not encrypt: all that pods send to other nodes is in plaintext, as configured"
+        )];
+    }
     let mut ways = Vec::new();
     for net in &directory.network {
         guard_of_network(actual, *net, &mut ways);
@@ -86,7 +91,7 @@ fn open(key: &Key, object: &Object, directory: &Directory) -> Option<String> {
                 )
             })
         }
-        Object::Route { link, .. } if link != LINK => Some(format!(
+        Object::Route(Route { link, .. }) if link != LINK => Some(format!(
             "{key} goes to {link} instead of {LINK}: a packet that no policy takes leaves there"
         )),
         Object::Sa { sa, .. } if explain::known_cipher(sa).is_none() => Some(format!(
@@ -96,11 +101,14 @@ fn open(key: &Key, object: &Object, directory: &Directory) -> Option<String> {
         Object::Sysctl(_)
         | Object::Firewall(_)
         | Object::Unreachable
-        | Object::Link { .. }
+        | Object::Blackhole
+        | Object::Link(_)
         | Object::Address
         | Object::HashThreshold { .. }
         | Object::Sa { .. }
-        | Object::Route { .. } => None,
+        | Object::Neighbour(_)
+        | Object::Fdb(_)
+        | Object::Route(_) => None,
     }
 }
 

@@ -9,7 +9,7 @@ use xfrm::{Action, Direction, Selector};
 use super::*;
 use crate::backend::ipsec::{self, LINK, NodeFacts, Path, PeerFacts, Through};
 use crate::epochs::Generation;
-use crate::kernel::Kind;
+use crate::kernel::{Kind, Route};
 use crate::lease::{Network, Range};
 
 pub(crate) fn network() -> Network {
@@ -124,6 +124,7 @@ pub(crate) fn directory() -> Directory {
         network: network().nets().collect(),
         own: subnets(1),
         uplink: Some(("eth0".into(), 2)),
+        unencrypted: None,
         nodes: [(2, "node-b"), (3, "node-c")]
             .map(|(number, name)| (slot(number), NodeName::new(name).unwrap()))
             .into(),
@@ -140,6 +141,8 @@ fn guards(key: &Key) -> bool {
         | Key::HashThreshold(_)
         | Key::Sa(_)
         | Key::Policy(_)
+        | Key::Neighbour(..)
+        | Key::Fdb(..)
         | Key::Route(_) => false,
     }
 }
@@ -229,7 +232,7 @@ fn what_opens_a_way_is_named() {
     assert_eq!(wide.len(), 1, "a local policy wider than the own subnet: {wide:?}");
     let astray = ways(&|objects| {
         let key = Key::Route("10.244.2.0/24".parse().unwrap());
-        let Some(Object::Route { link, .. }) = objects.get_mut(&key) else {
+        let Some(Object::Route(Route { link, .. })) = objects.get_mut(&key) else {
             panic!("peer's route")
         };
         *link = "eth0".into();
@@ -337,11 +340,13 @@ fn changed(object: &mut Object) {
         Object::Sysctl(value) => value.push('0'),
         Object::Firewall(firewall) => firewall.masquerade = !firewall.masquerade,
         Object::Policy(policy) => policy.priority += 1,
-        Object::Link { mtu, .. } => *mtu += 1,
+        Object::Link(device) => device.mtu += 1,
         Object::Sa { sa, .. } => sa.replay_window += 1,
         Object::HashThreshold { remote } => *remote += 1,
-        Object::Route { source, .. } => *source = address("192.0.2.99"),
-        Object::Unreachable | Object::Address => *object = Object::Sysctl("odd".into()),
+        Object::Route(route) => route.source = Some(address("192.0.2.99")),
+        Object::Neighbour(mac) => mac.0[5] += 1,
+        Object::Fdb(remote) => *remote = address("192.0.2.99"),
+        Object::Unreachable | Object::Blackhole | Object::Address => *object = Object::Sysctl("odd".into()),
     }
 }
 

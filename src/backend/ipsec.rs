@@ -14,8 +14,9 @@ use xfrm::{
 };
 
 use crate::epochs::Generation;
-use crate::kernel::firewall::Firewall;
-use crate::kernel::{Guard, Key, Object, Objects, priority, reqid};
+use crate::kernel::device::{Device, DeviceKind};
+use crate::kernel::firewall::{Firewall, Form};
+use crate::kernel::{Guard, Key, Object, Objects, Route, priority, reqid};
 use crate::lease::{Network, Subnets};
 use crate::probe;
 
@@ -121,6 +122,7 @@ pub fn node(facts: &NodeFacts) -> Objects {
     if let Some((uplink, _)) = &facts.uplink {
         let own = facts.own.unwrap_or_default();
         let firewall = Firewall {
+            form: Form::Sealed,
             networks: facts.network.nets().collect(),
             own,
             bases: own.bases(),
@@ -133,10 +135,7 @@ pub fn node(facts: &NodeFacts) -> Objects {
     if let Some(own) = facts.own {
         objects.insert(
             Key::Link(LINK.into()),
-            Object::Link {
-                mtu: facts.mtu,
-                up: true,
-            },
+            Object::Link(Box::new(Device::new(DeviceKind::Sink, facts.mtu))),
         );
         for base in own.bases().iter() {
             objects.insert(Key::Address(LINK.into(), base), Object::Address);
@@ -314,12 +313,13 @@ pub fn peer(facts: &PeerFacts) -> Objects {
     }
     for subnet in facts.subnets.iter() {
         if let Some(source) = facts.own.bases().of_family(subnet.addr()) {
-            let route = Object::Route {
+            let route = Route {
                 link: LINK.into(),
-                source,
+                via: None,
+                source: Some(source),
                 mtu: facts.mtu,
             };
-            objects.insert(Key::Route(subnet), route);
+            objects.insert(Key::Route(subnet), Object::Route(route));
         }
     }
     objects

@@ -5,25 +5,33 @@
 
 use std::fs;
 use std::io;
+use std::net::IpAddr;
 use std::path::{Path, PathBuf};
+use std::time::Duration;
 
 use anyhow::Context as _;
 use clap::Args;
 use serde::Serialize;
+use tokio::time::timeout;
 use xfrm::netlink::Protocol;
 use xfrm::{Connection, Writer};
 
+use super::etcd::{self, EtcdFlags};
 use super::table::{clean, wrap};
 use super::{Common, Failure, Shown};
-use crate::admin::{Remembered, Single};
+use crate::admin::{Remembered, RememberedKube, Single};
 use crate::config::flags::Environment;
 use crate::config::subnet_env;
 use crate::kernel::firewall::Manager;
 use crate::kernel::netlink::{Netlink, Options};
 use crate::kernel::{Datapath, Key, Kind, Objects, Op, Scope, Write, nft, order};
-use crate::lease::{NodeName, Subnets};
+use crate::lease::{Addresses, NodeName, Subnets};
 use crate::reconcile::chain;
 use crate::store::Store;
+use crate::store::etcd::Access;
+
+/// How long an API server may take to answer.
+const LIMIT: Duration = Duration::from_secs(10);
 
 /// Remove all that ringmail made on this node, and nothing else.
 #[derive(Debug, Args)]
@@ -32,19 +40,27 @@ Removes SAs, policies, routes, device, firewall rules, subnet.env, the files in 
 node's lease back. Pods on this node then reach no other node's. Forwarding stays switched on: something else may
 need it. The daemon must be stopped first.
 
-Where the daemon's folder was emptied (a restart of the machine does that), --lease-dir says where the lease is.
+Where the daemon's folder was emptied (a restart of the machine does that), --lease-dir or --etcd-endpoints says where
+the lease is. A lease in etcd that names no node, which is all but ipsec's, is then found by --public-ip. The password
+for etcd comes from the variable FLANNELD_ETCD_PASSWORD.
 
 Exit code: 0 where nothing of ringmail is left, 69 where the store can't be reached, else 1.
 
 Examples:
   systemctl stop ringmail && ringmail cleanup
-  ringmail cleanup --lease-dir /var/lib/ringmail --node-name node-a")]
+  ringmail cleanup --lease-dir /var/lib/ringmail --node-name node-a
+  ringmail cleanup --etcd-endpoints http://192.0.2.1:2379 --public-ip 192.0.2.3")]
 pub struct Arguments {
     #[command(flatten)]
     common: Common,
     /// The folder of leases [default: as the daemon noted it]
     #[arg(long, value_name = "DIR")]
     lease_dir: Option<PathBuf>,
+    #[command(flatten)]
+    etcd: EtcdFlags,
+    /// An address that this node's lease in etcd names; may be repeated [default: as the daemon noted them]
+    #[arg(long, value_name = "IP")]
+    public_ip: Vec<IpAddr>,
     /// This node's name [default: as the daemon noted it, else NODE_NAME, else the host name]
     #[arg(long, value_name = "NAME")]
     node_name: Option<String>,
@@ -71,6 +87,7 @@ pub(super) struct Outcome {
 
 pub(super) fn run(arguments: &Arguments) -> Result<Shown, Failure> {
     let Arguments { common, .. } = arguments;
+    let given = arguments.etcd.access()?;
     // The claim makes the folder where it is missing, and that is nothing to tell of.
     let folder_was_there = common.run_dir.exists();
     // Held to the end, so that no daemon starts in between.
@@ -84,7 +101,7 @@ pub(super) fn run(arguments: &Arguments) -> Result<Shown, Failure> {
         None
     });
     clear_kernel(&mut outcome)?;
-    let subnets = release_lease(arguments, note.as_ref(), &mut outcome);
+    let subnets = release_lease(arguments, given, note.as_ref(), &mut outcome);
     remove_subnet_env(arguments, note.as_ref(), subnets, &mut outcome);
     drop(single);
     remove_run_files(&common.run_dir, folder_was_there, &mut outcome);
@@ -177,11 +194,27 @@ fn has_nft_table() -> bool {
 }
 
 /// Gives the lease back; returns the subnets that this node held, as far as they are known.
-fn release_lease(arguments: &Arguments, note: Option<&Remembered>, outcome: &mut Outcome) -> Subnets {
+fn release_lease(
+    arguments: &Arguments,
+    given: Option<Access>,
+    note: Option<&Remembered>,
+    outcome: &mut Outcome,
+) -> Subnets {
     let noted: Subnets = note.iter().flat_map(|note| note.subnets.iter().copied()).collect();
     let folder = arguments.lease_dir.as_deref().or_else(|| note?.lease_dir.as_deref());
-    let Some(folder) = folder else { return noted };
-    match release(arguments, note, folder) {
+    let noted_etcd = || {
+        let etcd = note.and_then(|note| note.etcd.as_ref())?;
+        (arguments.lease_dir.is_none()).then(|| etcd.access(etcd::password()).map_err(anyhow::Error::msg))
+    };
+    let released = match (given.map(Ok).or_else(noted_etcd), folder) {
+        (Some(access), _) => access.and_then(|access| release_in_etcd(arguments, note, access, &noted)),
+        (None, Some(folder)) => release(arguments, note, folder),
+        (None, None) => match note.and_then(|note| Some((note, note.kube.as_ref()?))) {
+            Some((note, kube)) => release_in_kube(note, kube),
+            None => return noted,
+        },
+    };
+    match released {
         Ok(Some((node, subnets))) => {
             outcome.lease = Some(format!("{subnets} of {node}"));
             subnets
@@ -212,6 +245,52 @@ fn release(
     };
     let held = super::blocking(work).map_err(|failure| failure.error)??;
     Ok(held.map(|subnets| (node, subnets)))
+}
+
+fn release_in_etcd(
+    arguments: &Arguments,
+    note: Option<&Remembered>,
+    access: Access,
+    noted: &Subnets,
+) -> anyhow::Result<Option<(NodeName, Subnets)>> {
+    let node = node_name(arguments, note)?;
+    let public: Addresses = match arguments.public_ip.is_empty() {
+        true => note.iter().flat_map(|note| note.public.iter().copied()).collect(),
+        false => arguments.public_ip.iter().copied().collect(),
+    };
+    let work = async {
+        let store = etcd::open(access).await?;
+        let held = store.recall(&node, public, noted).await?;
+        if let Some(subnets) = held {
+            Store::Etcd(store).release(&node, &subnets).await?;
+        }
+        anyhow::Ok(held)
+    };
+    let held = super::blocking(work).map_err(|failure| failure.error)??;
+    Ok(held.map(|subnets| (node, subnets)))
+}
+
+fn release_in_kube(note: &Remembered, kube: &RememberedKube) -> anyhow::Result<Option<(NodeName, Subnets)>> {
+    let node = note.node.clone();
+    let access = kube.access(node.clone()).map_err(anyhow::Error::msg)?;
+    let work = async {
+        let server = access.to_string();
+        let opened = timeout(LIMIT, Store::open_kube(access)).await;
+        let unanswered = || {
+            format!(
+                "the API server of {server} does not let us in within {} s",
+                LIMIT.as_secs()
+            )
+        };
+        let store = opened.with_context(unanswered)??;
+        let held = store.roster().borrow().get(&node).map(|lease| lease.subnets);
+        if let Some(subnets) = held {
+            store.release(&node, &subnets).await?;
+        }
+        anyhow::Ok(held)
+    };
+    let held = super::blocking(work).map_err(|failure| failure.error)??;
+    Ok(held.map(|subnets| (note.node.clone(), subnets)))
 }
 
 fn node_name(arguments: &Arguments, note: Option<&Remembered>) -> anyhow::Result<NodeName> {

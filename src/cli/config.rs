@@ -1,7 +1,7 @@
 //! `ringmail config check`: what the daemon would make of its configuration, without running it.
 
 use std::ffi::OsString;
-use std::path::{Path, PathBuf};
+use std::path::PathBuf;
 
 use clap::Args;
 
@@ -9,7 +9,7 @@ use super::{Failure, Shown};
 use zeroize::Zeroizing;
 
 use crate::config::flags::{self, Environment, Flags, Wanted};
-use crate::config::{Context, NetConf, PskSource, UsageError, odd_variables, report};
+use crate::config::{Context, NetConf, PskSource, odd_variables, report};
 use crate::psk;
 use crate::store::Store;
 
@@ -45,9 +45,6 @@ pub struct Arguments {
     flags: Vec<OsString>,
 }
 
-/// Stands for a store that was not named.
-const UNNAMED: &str = "/nonexistent";
-
 pub(super) fn run(arguments: &Arguments) -> Result<Shown, Failure> {
     check(arguments, &Environment::of_process())
 }
@@ -55,18 +52,15 @@ pub(super) fn run(arguments: &Arguments) -> Result<Shown, Failure> {
 fn check(arguments: &Arguments, environment: &Environment) -> Result<Shown, Failure> {
     let flags = flags(arguments, environment)?;
     let conf = net_conf(arguments, &flags)?;
-    let ipsec = conf.backend.served().map_err(Failure::config)?;
+    let backend = conf.backend.served().map_err(Failure::config)?;
     let mut value = report::effective(&flags, &conf);
-    if flags.lease_dir.as_deref() == Some(Path::new(UNNAMED)) {
-        value["store"] = serde_json::Value::Null;
-    }
     let mut warn = |warning: String| {
         if let Some(warnings) = value["warnings"].as_array_mut() {
             warnings.push(warning.into());
         }
     };
     odd_variables(environment).into_iter().for_each(&mut warn);
-    if let PskSource::File(path) = &ipsec.psk {
+    if let Some(PskSource::File(path)) = backend.ipsec().map(|ipsec| &ipsec.psk) {
         let set = psk::load(path, &conf.network.to_string()).map_err(Failure::config)?;
         set.warnings.iter().map(ToString::to_string).for_each(&mut warn);
         value["Backend"]["PSK"]["kids"] = set.kids().iter().map(ToString::to_string).collect();
@@ -105,14 +99,7 @@ fn flags(arguments: &Arguments, environment: &Environment) -> Result<Flags, Fail
             all.extend([flag.into(), value.clone().into_os_string()]);
         }
     }
-    let wanted = match Flags::from_args(all.clone(), environment) {
-        // A text can be checked without saying where leases are.
-        Err(UsageError::NoStore) if arguments.file.is_some() => {
-            all.extend(["--lease-dir".into(), UNNAMED.into()]);
-            Flags::from_args(all, environment)
-        }
-        wanted => wanted,
-    };
+    let wanted = Flags::from_args(all, environment);
     match wanted.map_err(Failure::usage)? {
         Wanted::Run(flags) => Ok(*flags),
         Wanted::Help(_) | Wanted::Version => Err(Failure::usage(anyhow::anyhow!(

@@ -1,9 +1,10 @@
-//! `ringmail leases`: all leases, as the daemon judges them, or as they lie in a folder.
+//! `ringmail leases`: all leases, as the daemon judges them, or as they lie in a folder or in etcd.
 
 use std::path::{Path, PathBuf};
 
 use clap::Args;
 
+use super::etcd::{self, EtcdFlags};
 use super::table::{Align, Style, Table, Tone, clean, wrap};
 use super::{Common, Failure, Shown};
 use crate::admin::{LeaseReport, Leases, Request, Verdict, ask};
@@ -13,25 +14,37 @@ use crate::store::Store;
 /// List all leases and what this node makes of them.
 #[derive(Debug, Args)]
 #[command(after_help = "\
-With --lease-dir the folder is read without the daemon. Nothing is verified then: that takes the PSK.
+With --lease-dir or --etcd-endpoints the store is read without the daemon. Nothing is verified then: that takes the PSK.
 
-Exit code: 0; 1 where a lease is refused or unreadable; 69 where the folder can't be read.
+Exit code: 0; 1 where a lease is refused or unreadable; 69 where the store can't be read.
 
 Examples:
   ringmail leases
-  ringmail leases --lease-dir /var/lib/ringmail")]
+  ringmail leases --lease-dir /var/lib/ringmail
+  ringmail leases --etcd-endpoints http://192.0.2.1:2379")]
 pub struct Arguments {
     #[command(flatten)]
     common: Common,
     /// Read this folder instead of asking the daemon.
     #[arg(long, value_name = "DIR")]
     lease_dir: Option<PathBuf>,
+    #[command(flatten)]
+    etcd: EtcdFlags,
 }
 
-pub(super) fn run(Arguments { common, lease_dir }: &Arguments, style: &Style) -> Result<Shown, Failure> {
-    let leases = match lease_dir {
-        Some(folder) => of_folder(folder)?,
-        None => {
+pub(super) fn run(arguments: &Arguments, style: &Style) -> Result<Shown, Failure> {
+    let Arguments {
+        common,
+        lease_dir,
+        etcd,
+    } = arguments;
+    let leases = match (lease_dir, etcd.access()?) {
+        (Some(folder), _) => of_folder(folder)?,
+        (None, Some(access)) => {
+            let opened = super::blocking(async { anyhow::Ok(unchecked(&Store::Etcd(etcd::open(access).await?))) });
+            opened?.map_err(Failure::store)?
+        }
+        (None, None) => {
             let answer = ask(&common.run_dir, Request::Leases).map_err(Failure::other)?;
             serde_json::from_value(answer).map_err(Failure::other)?
         }
@@ -45,18 +58,23 @@ pub(super) fn run(Arguments { common, lease_dir }: &Arguments, style: &Style) ->
     })
 }
 
-/// The leases in the folder of the embedded store, unchecked.
+/// The leases in the folder of the embedded store.
 fn of_folder(folder: &Path) -> Result<Leases, Failure> {
     let store = super::blocking(Store::open_dir(folder))?.map_err(Failure::store)?;
+    Ok(unchecked(&store))
+}
+
+/// The leases of a store.
+fn unchecked(store: &Store) -> Leases {
     let roster = store.roster();
     let roster = roster.borrow();
-    let unchecked = |lease: &std::sync::Arc<_>| LeaseReport::new(lease, Verdict::Unchecked, None);
-    Ok(Leases {
+    let report = |lease: &std::sync::Arc<_>| LeaseReport::new(lease, Verdict::Unchecked, None);
+    Leases {
         own: None,
         complete: roster.completeness == Completeness::Complete,
-        leases: roster.leases().map(unchecked).collect(),
+        leases: roster.leases().map(report).collect(),
         rejected: roster.rejected().clone(),
-    })
+    }
 }
 
 pub(super) fn render(leases: &Leases, style: Style) -> String {

@@ -15,6 +15,9 @@ pub const FILTER: &str = "RINGMAIL_LOG";
 /// `json` for one JSON object a line, `text` (the default) for people.
 pub const FORMAT: &str = "RINGMAIL_LOG_FORMAT";
 
+/// Whose failures are told by whoever called it, once an outage and not with each attempt.
+const SILENT: &str = "kube_client";
+
 /// Starts the log. `verbosity` is flanneld's `-v`: 0 is info, from 1 debug, from 6 trace.
 pub fn start(verbosity: i32, environment: &Environment) -> Result<(), Failure> {
     let variable = |name: &str| {
@@ -48,7 +51,7 @@ fn filter(directives: Option<&OsStr>, verbosity: i32) -> Result<EnvFilter, Failu
             1..=5 => "debug",
             6.. => "trace",
         };
-        return Ok(EnvFilter::new(level));
+        return Ok(EnvFilter::new(format!("{level},{SILENT}=off")));
     };
     let directives = directives.to_string_lossy();
     EnvFilter::try_new(&directives).map_err(|error| {

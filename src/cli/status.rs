@@ -16,7 +16,8 @@ use crate::node::{PskReport, some};
 #[derive(Debug, Args)]
 #[command(after_help = "\
 States: up (data goes, on the newest generation), moving (data goes, and is changing to a newer one), kept (data goes
-on keys of an earlier process), waiting (no data yet), refused (its lease is not believed).
+on keys of an earlier process), waiting (no data yet), plain (data goes, unencrypted, as the backend has it), refused
+(its lease is not believed, or can't be served).
 
 Exit code: 0 where every peer is up or moving and nothing is wrong with the node, else 1.
 
@@ -48,7 +49,8 @@ pub(super) fn fetch(run_dir: &Path) -> Result<Report, Failure> {
 
 /// Whether there is nothing to tell anybody about.
 pub(super) fn well(report: &Report) -> bool {
-    let peer = |peer: &PeerReport| matches!(peer.state, State::Up | State::Moving) && peer.reason.is_none();
+    let peer =
+        |peer: &PeerReport| matches!(peer.state, State::Up | State::Moving | State::Plain) && peer.reason.is_none();
     report.complete && report.problems.is_empty() && report.rejected.is_empty() && report.peers.iter().all(peer)
 }
 
@@ -98,6 +100,7 @@ fn head(report: &Report) -> String {
         format!(", the next in {time} at the latest ({})", next.cause)
     });
     let next = next.unwrap_or_default();
+    let plain = !matches!(report.backend.as_str(), "" | "ipsec");
     let mtu = report.mtu.map_or_else(|| "unknown".into(), |mtu| mtu.to_string());
     let above = [
         (
@@ -110,15 +113,20 @@ fn head(report: &Report) -> String {
                 or(&report.public, "unknown")
             ),
         ),
-        (
-            "epoch",
-            format!(
-                "{}{age}{next}",
-                report.epoch.map_or_else(|| "none".into(), |epoch| epoch.to_string())
+        match plain {
+            true => ("backend", format!("{}: not encrypted", report.backend)),
+            false => (
+                "epoch",
+                format!(
+                    "{}{age}{next}",
+                    report.epoch.map_or_else(|| "none".into(), |epoch| epoch.to_string())
+                ),
             ),
-        ),
+        },
     ];
+    let sealed = format!(", {}, UDPEncap {}", report.cipher, report.encap);
     let psks = match report.psks.is_empty() {
+        _ if plain => vec![],
         true => vec!["none".into()],
         false => report.psks.iter().map(held).collect(),
     };
@@ -128,10 +136,9 @@ fn head(report: &Report) -> String {
         (
             "uplink",
             format!(
-                "{}, MTU in the mesh {mtu}, {}, UDPEncap {}{}",
+                "{}, MTU in the mesh {mtu}{}{}",
                 report.uplink.as_deref().unwrap_or("none"),
-                report.cipher,
-                report.encap,
+                if plain { "" } else { &sealed },
                 match report.encap_kept {
                     Some(true) => ", its sockets kept by the service manager over a restart",
                     Some(false) =>
@@ -196,13 +203,14 @@ fn word(state: State) -> &'static str {
         State::Moving => "moving",
         State::Kept => "kept",
         State::Waiting => "waiting",
+        State::Plain => "plain",
         State::Refused => "refused",
     }
 }
 
 fn rows(peer: &PeerReport, table: &mut Table) {
     let tone = match peer.state {
-        State::Up => Tone::Good,
+        State::Up | State::Plain => Tone::Good,
         State::Moving | State::Kept | State::Waiting => Tone::Doubtful,
         State::Refused => Tone::Bad,
     };
@@ -212,7 +220,9 @@ fn rows(peer: &PeerReport, table: &mut Table) {
         .map_or_else(|| "-".into(), span);
     let plain = |text: String| (text, Tone::Plain);
     let served = peer.state != State::Refused;
-    let amount = |number: u64| plain(if served { bytes(number) } else { "-".into() });
+    // Of packets that are not encrypted the kernel keeps no count a peer.
+    let counted = served && peer.state != State::Plain;
+    let amount = |number: u64| plain(if counted { bytes(number) } else { "-".into() });
     let errors = if peer.errors > 0 { Tone::Doubtful } else { Tone::Plain };
     let mut subnets = peer.subnets.iter();
     table.row([
@@ -223,7 +233,7 @@ fn rows(peer: &PeerReport, table: &mut Table) {
         plain(heard),
         amount(peer.bytes_out),
         amount(peer.bytes_in),
-        (if served { peer.errors.to_string() } else { "-".into() }, errors),
+        (if counted { peer.errors.to_string() } else { "-".into() }, errors),
     ]);
     for subnet in subnets {
         let empty = || plain(String::new());
@@ -238,8 +248,10 @@ fn rows(peer: &PeerReport, table: &mut Table) {
             empty(),
         ]);
     }
-    if served {
+    if served && peer.state != State::Plain {
         table.note(&detail(peer));
+    } else if let Some(way) = &peer.encap {
+        table.note(way);
     }
     if let Some(reason) = &peer.reason {
         table.note(reason);

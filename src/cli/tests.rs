@@ -347,10 +347,10 @@ fn flags_without_a_verb_mean_the_daemon() {
     ] {
         assert!(matches!(parse(arguments), Ok(Invocation::Text(_))), "{arguments:?}");
     }
-    assert!(matches!(
-        parse(&["flanneld", "status"]),
-        Ok(Invocation::Verb(Verb::Status(_)))
-    ));
+    let Ok(Invocation::Verb(verb)) = parse(&["flanneld", "status"]) else {
+        panic!("a verb under flanneld's name");
+    };
+    assert!(matches!(*verb, Verb::Status(_)));
 }
 
 #[test]
@@ -365,10 +365,13 @@ fn a_wrong_command_line_is_64_and_says_what_is_wrong() {
             "flag --ifaec is unknown; did you mean --iface?",
         ),
         (
-            &["ringmail", "--kube-subnet-mgr"],
-            "--kube-subnet-mgr: kube store: not in this version",
+            &["ringmail", "--kube-subnet-mgr", "--lease-dir=/d"],
+            "--kube-subnet-mgr and --lease-dir name two stores",
         ),
-        (&["flanneld"], "no store: use --lease-dir DIR"),
+        (
+            &["flanneld", "--etcd-keyfile=/k"],
+            "--etcd-keyfile needs --etcd-certfile beside it",
+        ),
     ] {
         let failure = parse(arguments).expect_err("wrong");
         assert_eq!(failure.code, 64, "{arguments:?}");
@@ -643,7 +646,10 @@ fn cleanup_leaves_nothing_of_ours_and_all_that_is_not() {
         };
         text.write(&env).unwrap();
         let note = crate::admin::Remembered {
+            kube: None,
             lease_dir: Some(leases.clone()),
+            etcd: None,
+            public: Vec::new(),
             node,
             subnets: held.subnets.iter().collect(),
             subnet_file: Some(env.clone()),

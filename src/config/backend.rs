@@ -14,6 +14,8 @@ use zeroize::Zeroizing;
 
 use super::conf_error::Rule;
 use super::json::{Members, Scalar, Show, nearest, parsed, shorten, value, whole};
+use super::plain;
+use crate::backend::Plain;
 use crate::backend::ipsec::{self, Soft};
 
 /// How the mesh's packets travel.
@@ -21,19 +23,29 @@ use crate::backend::ipsec::{self, Soft};
 pub enum Backend {
     /// Inside ESP of the kernel.
     Ipsec(Ipsec),
-    /// One of flannel's other types. What its object says beside `Type` is not looked at.
+    /// As it is.
+    Plain(Plain),
+    /// One of flannel's types that is not served. What its object says beside `Type` is not looked at.
     Other(UnencryptedType),
 }
 
 impl Backend {
-    /// The ipsec settings, or the refusal of a type that is known but not served.
+    /// Itself, or the refusal of a type that is known but not served.
     ///
     /// # Errors
     /// [`NotInThisVersion`] with the type's name.
-    pub fn served(&self) -> Result<&Ipsec, NotInThisVersion> {
+    pub fn served(&self) -> Result<&Self, NotInThisVersion> {
         match self {
-            Self::Ipsec(ipsec) => Ok(ipsec),
+            Self::Ipsec(_) | Self::Plain(_) => Ok(self),
             Self::Other(kind) => Err(NotInThisVersion(*kind)),
+        }
+    }
+
+    /// The ipsec settings, where it is that.
+    pub fn ipsec(&self) -> Option<&Ipsec> {
+        match self {
+            Self::Ipsec(ipsec) => Some(ipsec),
+            Self::Plain(_) | Self::Other(_) => None,
         }
     }
 
@@ -41,6 +53,7 @@ impl Backend {
     pub fn name(&self) -> &'static str {
         match self {
             Self::Ipsec(_) => "ipsec",
+            Self::Plain(plain) => plain.name(),
             Self::Other(kind) => kind.name(),
         }
     }
@@ -48,7 +61,7 @@ impl Backend {
 
 /// A backend type that is known but not served.
 #[derive(Clone, Copy, Debug, Eq, PartialEq, thiserror::Error)]
-#[error("backend type {:?} is not in this version; \"ipsec\" is", .0.name())]
+#[error("backend type {:?} is not in this version: ipsec, vxlan, host-gw, udp, ipip, alloc and extension are", .0.name())]
 pub struct NotInThisVersion(pub UnencryptedType);
 
 /// flannel's types other than ipsec (wireguard among them, which encrypts, but with no key of ours).
@@ -143,6 +156,13 @@ impl UnencryptedType {
 pub struct Ipsec {
     /// Where the pre-shared keys come from.
     pub psk: PskSource,
+    /// The rest.
+    pub tuning: Tuning,
+}
+
+/// How keys are used.
+#[derive(Clone, Copy, Debug, Eq, PartialEq)]
+pub struct Tuning {
     /// Plain ESP, ESP in UDP or what passes, and the UDP port, 1 to 65535.
     pub encap: keys::Encap,
     /// The cipher this node sends with.
@@ -155,6 +175,22 @@ pub struct Ipsec {
     pub psk_grace: Duration,
     /// The largest inner packet in bytes, where it is not to be computed: 576 to 65535, from 1280 on with IPv6.
     pub mtu: Option<u16>,
+}
+
+impl Default for Tuning {
+    fn default() -> Self {
+        Self {
+            encap: keys::Encap {
+                mode: EncapMode::Esp,
+                port: 4500,
+            },
+            cipher: Cipher::Aes128Gcm16,
+            rekey_after: Duration::from_secs(24 * 3600),
+            rekey: ipsec::MOST,
+            psk_grace: PSK_GRACE,
+            mtu: None,
+        }
+    }
 }
 
 /// `RekeyPackets` from 1,000: an epoch lasts a minute at least, so that less would only be reached sooner and change
@@ -228,6 +264,7 @@ pub(super) struct Raw {
     rekey_bytes: Option<u64>,
     psk_grace: Option<Duration>,
     mtu: Option<u16>,
+    plain: plain::Raw,
     pub(super) warnings: Vec<String>,
 }
 
@@ -255,8 +292,7 @@ impl Members for Raw {
 
     fn set<'de, A: MapAccess<'de>>(&mut self, key: &'static str, map: &mut A) -> Result<(), A::Error> {
         if let Some(Kind::Other(_)) = self.kind {
-            map.next_value::<serde::de::IgnoredAny>()?;
-            return Ok(());
+            return self.plain.set(key, map);
         }
         match key {
             "PSK" => self.psk = value(key, Show::KindOnly, map, psk)?,
@@ -311,31 +347,31 @@ impl Raw {
 
     pub(super) fn finish(mut self, around: &Around<'_>) -> Result<(Backend, Vec<String>), Rule> {
         if let Some(Kind::Other(kind)) = self.kind {
-            return Ok((Backend::Other(kind), self.warnings));
+            let plain = self.plain.finish(kind, around.v6, &mut self.warnings)?;
+            return Ok((plain.map_or(Backend::Other(kind), Backend::Plain), self.warnings));
         }
         let psk = self.source(around)?;
-        let mode = self.mode.unwrap_or(EncapMode::Esp);
         let least = if around.v6 { 1280 } else { 576 };
         let mtu = self.mtu.filter(|&mtu| mtu != 0);
         if let Some(mtu) = mtu.filter(|&mtu| mtu < least) {
             return Err(Rule::Mtu { mtu, least });
         }
-        let ipsec = Ipsec {
-            psk,
+        let usual = Tuning::default();
+        let tuning = Tuning {
             encap: keys::Encap {
-                mode,
-                port: self.port.unwrap_or(4500),
+                mode: self.mode.unwrap_or(usual.encap.mode),
+                port: self.port.unwrap_or(usual.encap.port),
             },
-            cipher: self.cipher.unwrap_or(Cipher::Aes128Gcm16),
-            rekey_after: self.rekey_after.unwrap_or(Duration::from_secs(24 * 3600)),
+            cipher: self.cipher.unwrap_or(usual.cipher),
+            rekey_after: self.rekey_after.unwrap_or(usual.rekey_after),
             rekey: Soft {
-                packets: self.rekey_packets.unwrap_or(ipsec::MOST.packets),
-                bytes: self.rekey_bytes.unwrap_or(ipsec::MOST.bytes),
+                packets: self.rekey_packets.unwrap_or(usual.rekey.packets),
+                bytes: self.rekey_bytes.unwrap_or(usual.rekey.bytes),
             },
-            psk_grace: self.psk_grace.unwrap_or(PSK_GRACE),
+            psk_grace: self.psk_grace.unwrap_or(usual.psk_grace),
             mtu,
         };
-        Ok((Backend::Ipsec(ipsec), self.warnings))
+        Ok((Backend::Ipsec(Ipsec { psk, tuning }), self.warnings))
     }
 
     fn source(&mut self, around: &Around<'_>) -> Result<PskSource, Rule> {

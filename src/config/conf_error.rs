@@ -173,6 +173,18 @@ pub enum Rule {
     /// The PSK in the text is none.
     #[error("Backend.PSK: {0}")]
     Psk(#[source] keys::PskError),
+    /// A VNI whose device can't be named.
+    #[error(
+        "Backend.VNI is {vni}: the device {prefix}{vni} would have a name longer than the kernel's 15 characters; at most {most} is possible"
+    )]
+    Vni {
+        /// Its value.
+        vni: u32,
+        /// What the device's name begins with.
+        prefix: &'static str,
+        /// The greatest that fits.
+        most: u32,
+    },
     /// An MTU that IP does not allow.
     #[error("Backend.MTU is {mtu}: at least {least} is needed; leave it out to have it computed")]
     Mtu {

@@ -10,9 +10,12 @@ use std::path::PathBuf;
 
 use clap::{ArgAction, Parser};
 use regex::Regex;
+use zeroize::Zeroizing;
 
 use super::go_style::{Source, UsageError, parse};
 use crate::lease::{Addresses, Network, NodeName};
+use crate::store::etcd::{Access, Lifetime, TTL};
+use crate::store::kube;
 use crate::uplink::{Choice, Iface};
 
 /// What `ringmail run` was told. Flags have the name of their field, with `-` for `_`.
@@ -91,11 +94,11 @@ pub struct Flags {
     #[arg(long, num_args = 0..=1, require_equals = true, default_value = "false", default_missing_value = "true",
         action = ArgAction::Set, value_parser = boolean)]
     pub ip_masq_fully_random_disable: bool,
-    /// Store leases in Kubernetes.
+    /// Store leases on the Nodes of Kubernetes.
     #[arg(long, num_args = 0..=1, require_equals = true, default_value = "false", default_missing_value = "true",
         action = ArgAction::Set, value_parser = boolean)]
     pub kube_subnet_mgr: bool,
-    /// The API server's address.
+    /// The API server's address; else the kubeconfig's, else the cluster's around this Pod.
     #[arg(long, value_name = "URL")]
     pub kube_api_url: Option<String>,
     /// The kubeconfig file.
@@ -107,7 +110,7 @@ pub struct Flags {
     /// The network configuration.
     #[arg(long, value_name = "FILE", default_value = "/etc/kube-flannel/net-conf.json")]
     pub net_config_path: PathBuf,
-    /// Set the Node's condition NetworkUnavailable.
+    /// Keep the Node's condition NetworkUnavailable true to the datapath.
     #[arg(long, num_args = 0..=1, require_equals = true, default_value = "true", default_missing_value = "true",
         action = ArgAction::Set, value_parser = boolean)]
     pub set_node_network_unavailable: bool,
@@ -141,10 +144,15 @@ pub struct Flags {
     /// klog's stack trace at a line.
     #[arg(long = "log_backtrace_at", value_name = "FILE:LINE", default_value = ":0")]
     pub log_backtrace_at: String,
+    /// `POD_NAMESPACE` and `POD_NAME`, where nothing but the host's name says who this node is.
+    #[arg(skip)]
+    pub pod: Option<(String, String)>,
 }
 
-const ETCD_ENDPOINTS: &str = "http://127.0.0.1:4001,http://127.0.0.1:2379";
-const ETCD_PREFIX: &str = "/coreos.com/network";
+/// flannel's default.
+pub(crate) const ETCD_ENDPOINTS: &str = "http://127.0.0.1:4001,http://127.0.0.1:2379";
+/// flannel's default.
+pub(crate) const ETCD_PREFIX: &str = "/coreos.com/network";
 const ANNOTATION_PREFIX: &str = "flannel.alpha.coreos.com";
 
 /// What a command line asks for.
@@ -159,10 +167,14 @@ pub enum Wanted {
 }
 
 /// Where leases are stored.
-#[derive(Clone, Debug, Eq, PartialEq)]
+#[derive(Clone, Debug)]
 pub enum Store {
     /// In a folder.
     Dir(PathBuf),
+    /// In an etcd cluster.
+    Etcd(Access, Lifetime),
+    /// On the Nodes of a Kubernetes cluster.
+    Kube(kube::Access),
 }
 
 /// What the process was given beside its arguments.
@@ -206,28 +218,56 @@ impl Flags {
     /// Which store is asked for.
     ///
     /// # Errors
-    /// [`UsageError::Store`] or [`UsageError::NoStore`]; never for flags that [`Flags::from_args`] gave.
+    /// [`UsageError::Store`]; never for flags that [`Flags::from_args`] gave.
     pub fn store(&self) -> Result<Store, UsageError> {
-        let refused = |flag, store| Err(UsageError::Store { flag, store });
-        if self.kube_subnet_mgr {
-            return refused("--kube-subnet-mgr", "kube store");
+        match (&self.lease_dir, self.kube_subnet_mgr) {
+            (Some(_), true) => {
+                let why = "--kube-subnet-mgr and --lease-dir name two stores: leave one of them out";
+                Err(UsageError::Store(why.into()))
+            }
+            (Some(folder), false) => Ok(Store::Dir(folder.clone())),
+            (None, true) => self.kube(),
+            (None, false) => self.etcd(),
         }
-        let etcd = [
-            ("--etcd-endpoints", self.etcd_endpoints != ETCD_ENDPOINTS),
-            ("--etcd-prefix", self.etcd_prefix != ETCD_PREFIX),
-            ("--etcd-keyfile", self.etcd_keyfile.is_some()),
-            ("--etcd-certfile", self.etcd_certfile.is_some()),
-            ("--etcd-cafile", self.etcd_cafile.is_some()),
-            ("--etcd-username", self.etcd_username.is_some()),
-            ("--etcd-password", self.etcd_password.is_some()),
-        ];
-        if let Some((flag, _)) = etcd.into_iter().find(|(_, given)| *given) {
-            return refused(flag, "etcd store");
-        }
-        match &self.lease_dir {
-            Some(folder) => Ok(Store::Dir(folder.clone())),
-            None => Err(UsageError::NoStore),
-        }
+    }
+
+    /// The Kubernetes cluster of the flags.
+    fn kube(&self) -> Result<Store, UsageError> {
+        let prefix = &self.kube_annotation_prefix;
+        let keys = kube::Keys::of(prefix)
+            .map_err(|why| UsageError::Store(format!("--kube-annotation-prefix is {prefix:?}: {why}")))?;
+        let own = match &self.pod {
+            Some((namespace, name)) => kube::Own::OfPod {
+                namespace: namespace.clone(),
+                name: name.clone(),
+            },
+            None => kube::Own::Named(self.node_name.clone()),
+        };
+        Ok(Store::Kube(kube::Access {
+            kubeconfig: self.kubeconfig_file.clone(),
+            url: self.kube_api_url.clone(),
+            keys,
+            own,
+        }))
+    }
+
+    /// The etcd cluster of the flags.
+    fn etcd(&self) -> Result<Store, UsageError> {
+        let password = self.etcd_password.as_ref();
+        let password = password.map(|password| Zeroizing::new(password.reveal().to_owned()));
+        let access = Access::of_flags(
+            &self.etcd_endpoints,
+            &self.etcd_prefix,
+            self.etcd_cafile.clone(),
+            (self.etcd_certfile.clone(), self.etcd_keyfile.clone()),
+            (self.etcd_username.clone(), password),
+        )
+        .map_err(UsageError::Store)?;
+        let lifetime = Lifetime {
+            ttl: TTL,
+            margin: i64::from(self.subnet_lease_renew_margin) * 60,
+        };
+        Ok(Store::Etcd(access, lifetime))
     }
 
     /// How the uplink is to be chosen for a mesh of this Network.
@@ -246,37 +286,32 @@ impl Flags {
 
     /// A text for each flag that was given and has no effect here.
     pub fn warnings(&self) -> Vec<String> {
-        let kube = "concerns the kube store, which is not in this version";
+        let kube = "concerns --kube-subnet-mgr alone";
+        let other = !self.kube_subnet_mgr;
         let klog = "has no effect: -v sets how much is logged";
         let all = [
             (
                 "subnet-lease-renew-margin",
-                self.subnet_lease_renew_margin != 60,
+                self.subnet_lease_renew_margin != 60 && (self.lease_dir.is_some() || self.kube_subnet_mgr),
                 "concerns the etcd store alone",
             ),
-            ("kube-api-url", self.kube_api_url.is_some(), kube),
-            ("kubeconfig-file", self.kubeconfig_file.is_some(), kube),
+            ("kube-api-url", other && self.kube_api_url.is_some(), kube),
+            ("kubeconfig-file", other && self.kubeconfig_file.is_some(), kube),
             (
                 "kube-annotation-prefix",
-                self.kube_annotation_prefix != ANNOTATION_PREFIX,
+                other && self.kube_annotation_prefix != ANNOTATION_PREFIX,
                 kube,
             ),
-            ("set-node-network-unavailable", !self.set_node_network_unavailable, kube),
+            (
+                "set-node-network-unavailable",
+                other && !self.set_node_network_unavailable,
+                kube,
+            ),
             ("metrics", self.metrics.is_some(), "has no effect in this version"),
             (
                 "healthz-port",
                 self.healthz_port != 0,
                 "has no effect in this version: `ringmail status` exits 0 when all is well",
-            ),
-            (
-                "iptables-forward-rules",
-                !self.iptables_forward_rules,
-                "has no effect in this version",
-            ),
-            (
-                "ip-blackhole-route",
-                self.ip_blackhole_route,
-                "has no effect: the guard covers the whole Network",
             ),
             ("vmodule", self.vmodule.is_some(), klog),
             ("log_backtrace_at", self.log_backtrace_at != ":0", klog),

@@ -48,17 +48,9 @@ pub enum UsageError {
     /// Neither flag nor variable nor host name says who this node is.
     #[error("this host has no name: give --node-name NAME or the variable NODE_NAME")]
     NoNodeName,
-    /// A store that is not served.
-    #[error("{flag}: {store}: not in this version; use --lease-dir DIR")]
-    Store {
-        /// The flag that chose it.
-        flag: &'static str,
-        /// The store.
-        store: &'static str,
-    },
-    /// No store is named.
-    #[error("no store: use --lease-dir DIR (flannel's default, the etcd store, is not in this version)")]
-    NoStore,
+    /// The flags for the store do not go together, or can't be.
+    #[error("{0}")]
+    Store(String),
     /// What clap found beside.
     #[error("{0}")]
     Other(String),
@@ -183,7 +175,14 @@ pub(super) fn parse(arguments: Vec<OsString>, environment: &Environment) -> Resu
     }
     match Flags::try_parse_from(std::iter::once(OsString::from("ringmail run")).chain(arguments)) {
         Ok(flags) if flags.version => Ok(Wanted::Version),
-        Ok(flags) => Ok(Wanted::Run(Box::new(flags))),
+        Ok(mut flags) => {
+            // What names the node goes before the Pod, which the API server has to be asked about.
+            if sources.get("node-name") == Some(&Source::Hostname) {
+                let text = |variable| lookup(variable).and_then(|value| value.to_str()).map(str::to_owned);
+                flags.pod = text("POD_NAMESPACE").zip(text("POD_NAME"));
+            }
+            Ok(Wanted::Run(Box::new(flags)))
+        }
         // Without a host name, asking for the version still works.
         Err(error) if error.kind() == ErrorKind::MissingRequiredArgument && given.contains(&"version".to_owned()) => {
             Ok(Wanted::Version)

@@ -5,15 +5,21 @@ use serde_json::{Value, json};
 use super::backend::{Backend, PskSource};
 use super::flags::{Flags, Store};
 use super::netconf::NetConf;
+use crate::backend::Plain;
 use crate::lease::Range;
 use keys::EncapMode;
 
 /// The effective configuration as one JSON object; the keys of net-conf.json keep their names.
 pub fn effective(flags: &Flags, conf: &NetConf) -> Value {
-    let store = flags
-        .store()
-        .ok()
-        .map(|Store::Dir(folder)| json!({ "dir": folder.display().to_string() }));
+    let store = flags.store().ok().map(|store| match store {
+        Store::Dir(folder) => json!({ "dir": folder.display().to_string() }),
+        Store::Etcd(access, _) => json!({
+            "etcd": access.endpoints.to_string(),
+            "prefix": access.prefix,
+            "user": access.user.map(|(user, _)| user),
+        }),
+        Store::Kube(access) => json!({ "kube": access.to_string(), "prefix": access.keys.prefix() }),
+    });
     let path = |path: &std::path::Path| path.display().to_string();
     let list = |items: Vec<String>| Value::from(items);
     json!({
@@ -44,14 +50,17 @@ fn range<N>(range: &Range<N>, net: impl ToString) -> Value {
 }
 
 fn backend(backend: &Backend) -> Value {
-    let Backend::Ipsec(ipsec) = backend else {
-        return json!({ "Type": backend.name() });
+    let ipsec = match backend {
+        Backend::Ipsec(ipsec) => ipsec,
+        Backend::Plain(plain) => return self::plain(plain),
+        Backend::Other(_) => return json!({ "Type": backend.name() }),
     };
+    let tuning = &ipsec.tuning;
     let psk = match &ipsec.psk {
         PskSource::File(path) => json!({ "file": path.display().to_string() }),
         PskSource::Inline(psk) => json!({ "kid": psk.kid().to_string() }),
     };
-    let encap = match ipsec.encap.mode {
+    let encap = match tuning.encap.mode {
         EncapMode::Esp => json!(false),
         EncapMode::Udp => json!(true),
         EncapMode::Auto => json!("auto"),
@@ -60,14 +69,38 @@ fn backend(backend: &Backend) -> Value {
         "Type": "ipsec",
         "PSK": psk,
         "UDPEncap": encap,
-        "EncapPort": ipsec.encap.port,
-        "ESPProposal": ipsec.cipher.name(),
-        "RekeyAfter": format!("{}s", ipsec.rekey_after.as_secs()),
-        "RekeyPackets": ipsec.rekey.packets,
-        "RekeyBytes": ipsec.rekey.bytes,
-        "PSKGrace": format!("{}s", ipsec.psk_grace.as_secs()),
-        "MTU": ipsec.mtu.map_or_else(|| json!("computed"), |mtu| json!(mtu)),
+        "EncapPort": tuning.encap.port,
+        "ESPProposal": tuning.cipher.name(),
+        "RekeyAfter": format!("{}s", tuning.rekey_after.as_secs()),
+        "RekeyPackets": tuning.rekey.packets,
+        "RekeyBytes": tuning.rekey.bytes,
+        "PSKGrace": format!("{}s", tuning.psk_grace.as_secs()),
+        "MTU": tuning.mtu.map_or_else(|| json!("computed"), |mtu| json!(mtu)),
     })
+}
+
+fn plain(plain: &Plain) -> Value {
+    match plain {
+        Plain::Vxlan(vxlan) => json!({
+            "Type": plain.name(),
+            "VNI": vxlan.vni,
+            "Port": vxlan.port,
+            "GBP": vxlan.gbp,
+            "Learning": vxlan.learning,
+            "DirectRouting": vxlan.direct,
+            "MTU": vxlan.outer_mtu.map_or_else(|| json!("the uplink's"), |mtu| json!(mtu)),
+        }),
+        Plain::Ipip(ipip) => json!({ "Type": plain.name(), "DirectRouting": ipip.direct }),
+        Plain::Udp(udp) => json!({ "Type": plain.name(), "Port": udp.port }),
+        Plain::Extension(commands) => json!({
+            "Type": plain.name(),
+            "PreStartupCommand": commands.pre_startup,
+            "PostStartupCommand": commands.post_startup,
+            "SubnetAddCommand": commands.subnet_add,
+            "SubnetRemoveCommand": commands.subnet_remove,
+        }),
+        Plain::HostGw | Plain::Alloc => json!({ "Type": plain.name() }),
+    }
 }
 
 /// `value` for people: one line a setting, `Backend.Type  ipsec`. What is not set is left out.

@@ -10,6 +10,7 @@ use keys::{Cipher, EncapMode};
 use proptest::prelude::*;
 
 use super::*;
+use crate::backend::Plain;
 use crate::lease::{Network, Range};
 
 const PSK: &str = "0123456789abcdef0123456789abcdef";
@@ -42,9 +43,9 @@ fn error(json: &str) -> String {
     with_file(json).expect_err(json).to_string()
 }
 
-fn ipsec(backend: &str) -> Ipsec {
+fn ipsec(backend: &str) -> Tuning {
     let conf = good(&format!(r#"{{"Network": "10.244.0.0/16", "Backend": {backend}}}"#));
-    conf.backend.served().expect("ipsec").clone()
+    conf.backend.ipsec().expect("ipsec").tuning
 }
 
 fn v4(conf: &NetConf) -> Range<ipnet::Ipv4Net> {
@@ -54,20 +55,17 @@ fn v4(conf: &NetConf) -> Range<ipnet::Ipv4Net> {
 #[test]
 fn flannels_own_examples_are_accepted_as_written() {
     let vxlan = parse(r#"{"Network": "10.244.0.0/16", "Backend": {"Type": "vxlan"}}"#).unwrap();
-    assert_eq!(
-        vxlan.backend.served().unwrap_err().to_string(),
-        "backend type \"vxlan\" is not in this version; \"ipsec\" is"
-    );
+    assert_eq!(vxlan.backend.name(), "vxlan");
     assert!(vxlan.warnings.is_empty());
     let host_gw = parse(r#"{"Network": "10.0.0.0/8", "Backend": {"Type": "host-gw", "DirectRouting": true}}"#).unwrap();
-    assert!(matches!(host_gw.backend, Backend::Other(UnencryptedType::HostGw)));
+    assert!(matches!(host_gw.backend, Backend::Plain(Plain::HostGw)));
     assert!(host_gw.warnings.is_empty());
     let json =
         format!(r#"{{"Network": "10.50.0.0/16", "Backend": {{"Type": "ipsec", "PSK": "{PSK}", "UDPEncap": true}}}}"#);
     let conf = parse(&json).unwrap();
-    let ipsec = conf.backend.served().unwrap();
+    let ipsec = conf.backend.ipsec().unwrap();
     assert_eq!(
-        ipsec.encap,
+        ipsec.tuning.encap,
         keys::Encap {
             mode: EncapMode::Udp,
             port: 4500
@@ -134,7 +132,12 @@ fn defaults_of_ipsec_are_the_documented_ones() {
     assert_eq!(ipsec.mtu, None);
     assert_eq!((ipsec.rekey.packets, ipsec.rekey.bytes), (1 << 33, 1 << 42));
     assert_eq!(ipsec.psk_grace, Duration::from_secs(3600));
-    assert!(matches!(ipsec.psk, PskSource::File(path) if path == Path::new("/etc/ringmail/psk")));
+    let Backend::Ipsec(Ipsec { psk, .. }) =
+        good(r#"{"Network": "10.244.0.0/16", "Backend": {"Type": "IPsec"}}"#).backend
+    else {
+        panic!("ipsec")
+    };
+    assert!(matches!(psk, PskSource::File(path) if path == Path::new("/etc/ringmail/psk")));
 }
 
 #[test]
@@ -156,7 +159,7 @@ fn every_setting_of_ipsec_is_read() {
     assert_eq!(all.cipher, Cipher::ChaCha20Poly1305);
     assert_eq!((all.rekey_after, all.mtu), (Duration::from_secs(5400), Some(1400)));
     let file = parse(r#"{"Network": "10.244.0.0/16", "Backend": {"Type": "ipsec", "PSKFile": "/run/psk"}}"#).unwrap();
-    assert!(matches!(&file.backend.served().unwrap().psk, PskSource::File(path) if path == Path::new("/run/psk")));
+    assert!(matches!(&file.backend.ipsec().unwrap().psk, PskSource::File(path) if path == Path::new("/run/psk")));
     assert_eq!(ipsec_mtu(0), None, "0 is flannel's way to leave it out");
 }
 

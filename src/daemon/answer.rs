@@ -8,6 +8,7 @@ use tracing::debug;
 use super::turn::Turn;
 use crate::admin::{Command, LeaseReport, Leases, Rotation};
 use crate::audit::{Audit, Directory, audit};
+use crate::backend::Plain;
 use crate::kernel::{Datapath as _, Scope};
 use crate::lease::Completeness;
 use crate::node::report::Report;
@@ -61,7 +62,16 @@ fn status(turn: &mut Turn) -> Report {
             "the new configuration is refused, the last good one is in force: {error}"
         ));
     }
-    for error in turn.sockets.error().into_iter().chain(&turn.subnet_env_error) {
+    let failed = turn.inputs.commands_failed.borrow();
+    failed.iter().cloned().for_each(&mut problem);
+    let tunnel = turn.tunnels.error().into_iter().chain(&turn.unfit);
+    for error in turn
+        .sockets
+        .error()
+        .into_iter()
+        .chain(&turn.subnet_env_error)
+        .chain(tunnel)
+    {
         problem(error.clone());
     }
     report
@@ -76,6 +86,7 @@ fn compare(turn: &mut Turn) -> Result<Audit, String> {
         network: node.settings().network.nets().collect(),
         own: node.subnets().unwrap_or_default(),
         uplink: node.uplink().map(|uplink| (uplink.name.clone(), uplink.index)),
+        unencrypted: node.plain().map(Plain::name),
         nodes: node.slots(),
     };
     Ok(audit(&desired, &actual, &directory))

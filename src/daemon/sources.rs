@@ -1,6 +1,7 @@
 //! What the loop reads from outside: the configuration as it changes, the node's own lease and its keeping.
 
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
+use std::sync::Arc;
 use std::time::Duration;
 
 use anyhow::{Context as _, Result};
@@ -15,17 +16,21 @@ use super::turn::Holding;
 use super::{keys_of, settings, unchangeable};
 use crate::admin::Remembered;
 use crate::admission::{self, Refusal};
-use crate::config::{Context, Flags, Ipsec, NetConf, PskSource, subnet_env};
+use crate::config::{Backend, Context, Flags, NetConf, PskSource, subnet_env};
 use crate::kernel::sysctl::Sysctl;
-use crate::lease::{Lease, Network, NodeName};
+use crate::lease::{Lease, Network, NodeName, Subnets};
 use crate::node::Settings;
 use crate::psk;
 use crate::reconcile::chain;
-use crate::store::{Claim, Health, Held, Store};
+use crate::store::kube::Wishes;
+use crate::store::{Claim, Health, Held, Store, StoreError};
 use crate::uplink::{Uplink, UplinkError};
+use crate::watched::{self, Watched};
 
-/// How often net-conf.json is looked at where it lies outside the store.
-const LOOK: Duration = Duration::from_secs(5);
+/// How often net-conf.json is looked at where it lies outside the store: where inotify watches it, and where it can't.
+const LOOK: (Duration, Duration) = (Duration::from_secs(30), Duration::from_secs(5));
+/// How long that file is left to settle after a change: a writer takes several steps.
+const SETTLE: Duration = Duration::from_millis(50);
 /// The first wait before a failed write to the store is tried again; it doubles up to [`SLOWEST`].
 const FIRST: Duration = Duration::from_millis(200);
 /// The longest such wait.
@@ -48,24 +53,39 @@ pub(super) fn net_conf(flags: &Flags, stored: Option<String>) -> Result<NetConf>
             )?)
         }
         None => Ok(NetConf::load(&flags.net_config_path, psk_file).with_context(|| {
-            let folder = flags
-                .lease_dir
-                .as_ref()
-                .map(|dir| dir.join("net-conf.json").display().to_string());
-            format!(
-                "neither {} nor --net-config-path gives a configuration",
-                folder.unwrap_or_default()
-            )
+            let file = flags.lease_dir.as_ref().map(|dir| dir.join("net-conf.json"));
+            match file {
+                Some(file) => format!("neither {} nor --net-config-path gives a configuration", file.display()),
+                None => "--net-config-path gives no configuration".into(),
+            }
         })?),
     }
 }
 
+/// The configuration that the store holds. An etcd without one is waited for, as flannel does, unless a file gives it.
+pub(super) async fn stored_conf(flags: &Flags, store: &Store) -> Result<Option<String>> {
+    let stored = store.config().await?;
+    if stored.is_some() || !matches!(store, Store::Etcd(_)) || flags.net_config_path.exists() {
+        return Ok(stored);
+    }
+    warn!(
+        key = format!("{}/config", flags.etcd_prefix),
+        "etcd holds no network configuration yet: waiting for it"
+    );
+    let mut changes = store.config_changes();
+    let stored = changes
+        .wait_for(Option::is_some)
+        .await
+        .context("the store has stopped")?;
+    Ok(stored.clone())
+}
+
 /// The keys of the start: there must be some. What follows goes into the sender.
 pub(super) fn first_keys(
-    ipsec: &Ipsec,
+    backend: &Backend,
     network: &Network,
 ) -> Result<(watch::Sender<psk::Held>, watch::Receiver<psk::Held>)> {
-    let held = keys_of(ipsec, network).borrow().clone();
+    let held = keys_of(backend, network).borrow().clone();
     if let (None, Some(error)) = (&held.set, &held.error) {
         return Err(anyhow::Error::new(error.clone()).context("read the PSK"));
     }
@@ -82,44 +102,82 @@ pub(super) fn takes_advertisements(link: &str) -> bool {
     matches!(Sysctl::new(path, "2").read().as_deref(), Ok("1" | "2"))
 }
 
+/// The uplink, with the addresses that the operator wants advertised in the place of its own.
+pub(super) fn advertised(
+    mut uplink: watch::Receiver<Result<Uplink, UplinkError>>,
+    mut wishes: watch::Receiver<Wishes>,
+) -> watch::Receiver<Result<Uplink, UplinkError>> {
+    let merged = |uplink: &Result<Uplink, UplinkError>, wishes: &Wishes| {
+        let mut uplink = uplink.clone();
+        if let Ok(uplink) = &mut uplink {
+            let public = &mut uplink.public;
+            public.v4 = public.v4.map(|own| wishes.advertised.v4.unwrap_or(own));
+            public.v6 = public.v6.map(|own| wishes.advertised.v6.unwrap_or(own));
+        }
+        uplink
+    };
+    let first = merged(&uplink.borrow_and_update(), &wishes.borrow_and_update());
+    let (sender, receiver) = watch::channel(first);
+    tokio::spawn(async move {
+        loop {
+            tokio::select! {
+                () = sender.closed() => return,
+                changed = uplink.changed() => if changed.is_err() { return },
+                Ok(()) = wishes.changed() => {}
+            }
+            let now = merged(&uplink.borrow_and_update(), &wishes.borrow_and_update());
+            drop(sender.send_replace(now));
+        }
+    });
+    receiver
+}
+
 /// Follows the configuration and the keys: what may change does, what may not is refused with the reason, and the last
 /// good one stays in force.
 pub(super) async fn follow_conf(
     flags: Flags,
     store: Store,
-    mut ipsec: Ipsec,
+    mut backend: Backend,
     current: watch::Sender<Settings>,
     keys: watch::Sender<psk::Held>,
     misconfigured: watch::Sender<Option<String>>,
 ) {
     let mut changes = store.config_changes();
     let network = current.borrow().network;
-    let mut source = keys_of(&ipsec, &network);
+    let mut source = keys_of(&backend, &network);
+    let mut file = Watched::new(&flags.net_config_path);
     loop {
         tokio::select! {
             changed = changes.changed() => if changed.is_err() { return },
+            () = watched::changed(file.as_ref()) => sleep(SETTLE).await,
             Ok(()) = source.changed() => {
                 keys.send_replace(source.borrow_and_update().clone());
                 continue;
             }
-            () = sleep(LOOK) => {}
+            () = sleep(if file.is_some() { LOOK.0 } else { LOOK.1 }) => {}
         }
+        // Watched before it is read; what the path leads to may be another file now.
+        file = Watched::new(&flags.net_config_path);
         // As it was read last: a store that does not answer must not keep new keys from being taken.
         let stored = changes.borrow_and_update().clone();
         let read = net_conf(&flags, stored).and_then(|conf| {
-            let ipsec = conf.backend.served()?.clone();
+            conf.backend.served()?;
             let advertisements = current.borrow().advertisements;
-            let wanted = settings(&flags, &conf, &ipsec, advertisements);
+            let wanted = settings(&flags, &conf, advertisements);
             unchangeable(&current.borrow(), &wanted)?;
-            Ok((wanted, ipsec))
+            Ok((wanted, conf.backend))
         });
+        let read = match read {
+            Ok((wanted, newer)) => prepared(wanted, &current).await.map(|wanted| (wanted, newer)),
+            Err(error) => Err(error),
+        };
         let error = match read {
             Ok((wanted, newer)) => {
-                if !same_source(&newer.psk, &ipsec.psk) {
+                if !same_source(&newer, &backend) {
                     source = keys_of(&newer, &network);
                     keys.send_replace(source.borrow_and_update().clone());
                 }
-                ipsec = newer;
+                backend = newer;
                 let changed = current.send_if_modified(|now| {
                     let differs = *now != wanted;
                     *now = wanted;
@@ -146,8 +204,24 @@ pub(super) async fn follow_conf(
     }
 }
 
-fn same_source(a: &PskSource, b: &PskSource) -> bool {
-    match (a, b) {
+/// `wanted`, with what the operator's command prepares; not run again while the command is the same.
+async fn prepared(wanted: Settings, current: &watch::Sender<Settings>) -> Result<Settings> {
+    let kept = {
+        let now = current.borrow();
+        (now.plain == wanted.plain).then(|| now.prepared.clone())
+    };
+    let prepared = match kept {
+        Some(kept) => kept,
+        None => super::extension::prepare(wanted.plain.as_ref()).await?,
+    };
+    Ok(Settings { prepared, ..wanted })
+}
+
+fn same_source(a: &Backend, b: &Backend) -> bool {
+    let (Some(a), Some(b)) = (a.ipsec(), b.ipsec()) else {
+        return a.ipsec().is_none() && b.ipsec().is_none();
+    };
+    match (&a.psk, &b.psk) {
         (PskSource::File(a), PskSource::File(b)) => a == b,
         (PskSource::Inline(a), PskSource::Inline(b)) => a.kid() == b.kid(),
         (PskSource::File(_), PskSource::Inline(_)) | (PskSource::Inline(_), PskSource::File(_)) => false,
@@ -174,22 +248,12 @@ impl Keeper {
         mut note: Remembered,
         run_dir: PathBuf,
     ) -> Result<()> {
-        let held = self.acquire(&health).await?;
-        note.subnets = held.subnets.iter().collect();
-        if let Err(error) = note.write(&run_dir) {
-            warn!(error = chain(&error), "`ringmail cleanup` will need --lease-dir");
-        }
-        info!(subnets = %held.subnets, "holding a lease");
-        let previous = self.previous(&held);
-        holding.send_replace(Some(Holding {
-            subnets: held.subnets,
-            slot: held.slot,
-            previous,
-        }));
+        let mut held = self.hold(&holding, &health, &mut note, &run_dir).await?;
         let mut roster = self.store.roster();
         let (mut wait, mut failing) = (FIRST, None);
         loop {
-            let wanted = lease.borrow_and_update().clone();
+            // The loop may not have heard yet that the node's subnet is another.
+            let wanted = lease.borrow_and_update().clone().filter(|lease| lease.subnets == held);
             let stored = roster
                 .borrow_and_update()
                 .get(&self.node)
@@ -204,6 +268,13 @@ impl Keeper {
             };
             let again = match outcome {
                 Ok(()) => {
+                    (wait, failing) = (FIRST, None);
+                    None
+                }
+                // The loop then says another lease.
+                Err(moved @ StoreError::Moved { .. }) => {
+                    warn!("{moved}");
+                    held = self.hold(&holding, &health, &mut note, &run_dir).await?;
                     (wait, failing) = (FIRST, None);
                     None
                 }
@@ -235,6 +306,30 @@ impl Keeper {
                 }
             }
         }
+    }
+
+    /// Takes a subnet and tells the loop.
+    async fn hold(
+        &self,
+        holding: &watch::Sender<Option<Holding>>,
+        health: &watch::Sender<Health>,
+        note: &mut Remembered,
+        run_dir: &Path,
+    ) -> Result<Subnets> {
+        let held = self.acquire(health).await?;
+        note.subnets = held.subnets.iter().collect();
+        if let Err(error) = note.write(run_dir) {
+            warn!(error = chain(&error), "`ringmail cleanup` will need --lease-dir");
+        }
+        info!(subnets = %held.subnets, "holding a lease");
+        let previous = self.previous(&held);
+        holding.send_replace(Some(Holding {
+            subnets: held.subnets,
+            slot: held.slot,
+            previous,
+            lease: held.previous.clone().map(Arc::new),
+        }));
+        Ok(held.subnets)
     }
 
     /// Awaits a call of the store, which may take as long as its file system likes, and goes on telling of its health.

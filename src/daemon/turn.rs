@@ -6,6 +6,7 @@
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::path::PathBuf;
+use std::sync::Arc;
 use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
 
 use keys::{Epoch, Slot};
@@ -14,16 +15,19 @@ use tokio::sync::{mpsc, oneshot, watch};
 use tracing::{debug, error, info};
 
 use super::sockets::Sockets;
+use super::tunnels::Tunnels;
 use crate::admin::Command;
+use crate::backend::udp;
 use crate::config::SubnetEnv;
 use crate::config::subnet_env::Written;
 use crate::kernel::netlink::{Events, Netlink};
-use crate::kernel::{Look, Scope};
+use crate::kernel::{Key, Look, Object, Scope};
 use crate::lease::{Lease, Revision, Roster, Subnets};
 use crate::node::{Cause, Datagram, Settings};
 use crate::psk;
 use crate::reconcile::{Reconciler, chain};
 use crate::store::Health;
+use crate::store::kube::Datapath;
 use crate::uplink::{Uplink, UplinkError};
 
 /// What the node holds, as the store gave it.
@@ -35,6 +39,8 @@ pub struct Holding {
     pub slot: Slot,
     /// The epoch of the node's own statement that the store had before.
     pub previous: Option<Epoch>,
+    /// The node's own lease that the store had before.
+    pub lease: Option<Arc<Lease>>,
 }
 
 /// Everything that a turn follows from; each is the latest complete value of its source.
@@ -54,6 +60,8 @@ pub struct Inputs {
     pub health: watch::Receiver<Health>,
     /// The last error of a configuration that is not in force because of it.
     pub misconfigured: watch::Receiver<Option<String>>,
+    /// Which of the operator's commands fail.
+    pub commands_failed: watch::Receiver<Vec<String>>,
     /// What the verbs ask.
     pub commands: mpsc::Receiver<Command>,
     /// Turns true when the daemon ends.
@@ -69,6 +77,8 @@ pub struct Outputs {
     pub subnet_file: PathBuf,
     /// Turns true when the first pass is done and subnet.env stands.
     pub ready: watch::Sender<bool>,
+    /// Whether pods have a network.
+    pub datapath: watch::Sender<Datapath>,
 }
 
 /// A full look at the kernel, whatever the notifications said.
@@ -89,6 +99,9 @@ pub(super) struct Turn {
     previous: Option<Epoch>,
     published: Option<Epoch>,
     pub(super) sockets: Sockets,
+    pub(super) tunnels: Tunnels,
+    /// Why the newest settings are not in force.
+    pub(super) unfit: Option<String>,
     /// Whether what the sockets follow from may have changed.
     reopen: bool,
     resync: Duration,
@@ -140,6 +153,8 @@ impl Turn {
             previous: None,
             published: None,
             sockets,
+            tunnels: Tunnels::default(),
+            unfit: None,
             reopen: true,
             env: None,
             troubles: BTreeMap::new(),
@@ -184,6 +199,7 @@ impl Turn {
             self.reconciler.node.deadline(now),
             self.reconciler.deadline(),
             self.sockets.reopen(),
+            self.tunnels.deadline(),
             Some(self.resync),
             Some(self.filter),
             self.glance,
@@ -206,6 +222,7 @@ impl Turn {
             Ok(()) = stop.changed() => Woken::Stop,
             events = events.next() => Woken::Kernel(events),
             () = self.sockets.readable() => Woken::Datagrams,
+            () = self.tunnels.ended() => Woken::Time,
             Some(command) = commands.recv() => Woken::Command(command),
             Ok(()) = roster.changed() => Woken::Input,
             Ok(()) = psks.changed() => Woken::Input,
@@ -219,12 +236,9 @@ impl Turn {
     /// Takes whatever is new; what is not costs nothing.
     fn take_inputs(&mut self) {
         let now = self.now();
-        let node = &mut self.reconciler.node;
         let settings = self.inputs.settings.borrow_and_update().clone();
-        node.configure(Settings {
-            directed: self.directed,
-            ..settings
-        });
+        self.configure(settings);
+        let node = &mut self.reconciler.node;
         self.reopen = true;
         let trouble = match &*self.inputs.uplink.borrow_and_update() {
             Ok(uplink) => {
@@ -243,6 +257,9 @@ impl Turn {
         if let Some(holding) = self.inputs.holding.borrow_and_update().clone() {
             node.holds(holding.subnets, holding.slot);
             self.previous = self.previous.max(holding.previous);
+            if let Some(lease) = &holding.lease {
+                node.remembers(lease);
+            }
         }
         let roster = self.inputs.roster.borrow_and_update();
         match roster.since(self.seen) {
@@ -265,6 +282,37 @@ impl Turn {
         self.reconciler.completed(roster.completeness);
     }
 
+    /// Takes settings, unless the kernel can't do what they ask for.
+    fn configure(&mut self, settings: Settings) {
+        let reconciler = &mut self.reconciler;
+        let encrypts = settings.plain.is_none();
+        if encrypts && reconciler.node.plain().is_some() {
+            let local = reconciler.node.uplink().map(|uplink| uplink.local).unwrap_or_default();
+            match reconciler.kernel().preflight(settings.cipher, &local) {
+                Ok(features) => self.directed = features.sa_direction,
+                Err(error) => {
+                    let text = format!(
+                        "backend ipsec can't be used, the last one stays in force: {}",
+                        chain(&error)
+                    );
+                    if self.unfit.as_ref() != Some(&text) {
+                        error!("{text}");
+                    }
+                    self.unfit = Some(text);
+                    return;
+                }
+            }
+        }
+        self.unfit = None;
+        let directed = self.directed;
+        let backend = settings.plain.as_ref().map_or("ipsec", |plain| plain.name());
+        if reconciler.node.configure(Settings { directed, ..settings }) {
+            info!(backend, "encryption begins or ends with the new configuration");
+            self.seen = Revision::default();
+            self.published = None;
+        }
+    }
+
     fn turn(&mut self) {
         let now = self.now();
         let reopen = std::mem::take(&mut self.reopen) || self.sockets.reopen().is_some_and(|at| now >= at);
@@ -281,6 +329,12 @@ impl Turn {
         if now >= self.filter {
             self.filter = now + self.filter_every;
             self.reconciler.look_at_filter(Look::Whole);
+        }
+        // The manager of the packet filter may be another by now.
+        match (self.reconciler.filter_tells(), self.glance) {
+            (true, Some(_)) => self.glance = None,
+            (false, None) => self.glance = Some(now + GLANCE),
+            _ => {}
         }
         if self.glance.is_some_and(|at| now >= at) {
             self.glance = Some(now + GLANCE);
@@ -300,6 +354,12 @@ impl Turn {
         }
         self.publish();
         if reopen {
+            self.tunnels.plan(self.reconciler.node.tunnel());
+        }
+        let device = self.reconciler.actual().get(&Key::Link(udp::LINK.into()));
+        let stands = matches!(device, Some(Object::Link(device)) if device.up);
+        self.tunnels.follow(stands, self.now());
+        if reopen && self.reconciler.node.plain().is_none() {
             let bases = self.reconciler.node.subnets().unwrap_or_default().bases();
             self.sockets.open_probes(bases, self.now());
         }
@@ -319,6 +379,7 @@ impl Turn {
                 debug!(to = %datagram.to, sent = %datagram.sent, "a probe waits for its policy");
             }
         }
+        self.tell_datapath();
     }
 
     fn read_probes(&mut self) {
@@ -329,16 +390,37 @@ impl Turn {
     }
 
     fn publish(&mut self) {
-        let epoch = self.reconciler.node.epoch();
-        if epoch.is_some()
-            && epoch != self.published
-            && let Some(lease) = self.reconciler.node.lease()
+        let node = &self.reconciler.node;
+        let epoch = node.epoch();
+        // Without epochs a lease is whatever follows from the node now.
+        if (node.plain().is_some() || epoch.is_some() && epoch != self.published)
+            && let Some(lease) = node.lease()
         {
             self.published = epoch;
             self.previous = self.previous.max(epoch);
-            self.outputs.lease.send_replace(Some(lease));
+            self.outputs.lease.send_if_modified(|held| {
+                let differs = held.as_ref() != Some(&lease);
+                *held = Some(lease);
+                differs
+            });
         }
         self.write_subnet_env();
+    }
+
+    /// Says whether pods on this node have a network.
+    fn tell_datapath(&self) {
+        let failure = self.reconciler.failures().find(|(scope, _)| **scope == Scope::Node);
+        let failure = failure.map(|(scope, error)| format!("{scope}: {error}"));
+        let datapath = match failure.or_else(|| self.subnet_env_error.clone()) {
+            Some(why) => Datapath::Broken(why),
+            None if *self.outputs.ready.borrow() => Datapath::Works,
+            None => Datapath::Starting,
+        };
+        self.outputs.datapath.send_if_modified(|before| {
+            let differs = *before != datapath;
+            *before = datapath;
+            differs
+        });
     }
 
     /// Keeps subnet.env as it should be, once the node's own objects stand.

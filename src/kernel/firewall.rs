@@ -10,6 +10,10 @@
 //!
 //! A packet that is to be encrypted passes `Leaving` twice: first itself, bound for the uplink already but with the
 //! transformation attached to its route, then as ESP between public addresses, which are not in the mesh.
+//!
+//! That is an encrypted mesh ([`Form::Sealed`]). Of an unencrypted one ([`Form::Open`]) the rules are flannel's: [`open`].
+
+pub mod open;
 
 use std::net::IpAddr;
 
@@ -20,10 +24,13 @@ use xfrm::{MessageRef, Monitor};
 use crate::kernel::iptables::{self, Iptables};
 use crate::kernel::nft::{self, Nft};
 use crate::lease::{Addresses, Subnets};
+pub use open::OpenRule;
 
 /// The packet filter of one node, as it is wanted. Compare it to know whether [`Manager::apply`] has work to do.
 #[derive(Clone, Debug, Eq, PartialEq)]
 pub struct Firewall {
+    /// Which of the two it is.
+    pub form: Form,
     /// The mesh's whole ranges, none inside another.
     pub networks: Vec<IpNet>,
     /// The node's own subnets. A family without one gets no source translation, only the guard.
@@ -36,6 +43,22 @@ pub struct Firewall {
     pub masquerade: bool,
     /// Whether that masquerade picks ports wholly at random (flannel's default where the kernel can).
     pub random_fully: bool,
+}
+
+/// What a packet filter is for.
+#[derive(Clone, Copy, Debug, Eq, PartialEq)]
+pub enum Form {
+    /// An encrypted mesh: nothing of the mesh crosses the uplink in plaintext, foreign traffic takes the node's address in
+    /// the mesh.
+    Sealed,
+    /// An unencrypted one: flannel's rules, and no others. `bases` and `uplink` are not looked at.
+    Open {
+        /// Whether what is forwarded from and to the mesh is accepted.
+        forward: bool,
+        /// Whether nf_tables is to program it where the kernel can, flannel's `EnableNFTables`; else iptables, in chains
+        /// of flannel's names.
+        nft: bool,
+    },
 }
 
 /// One rule. The order of [`Firewall::rules`] is the order in the chain; the first that matches decides.
@@ -52,6 +75,8 @@ pub enum Rule {
         /// What becomes of it.
         source: Source,
     },
+    /// A rule of an unencrypted mesh.
+    Open(OpenRule),
 }
 
 /// Which way a packet crosses the uplink.
@@ -78,11 +103,29 @@ pub enum Source {
 }
 
 impl Rule {
+    /// The same rule; if it masquerades, with ports wholly at random or not.
+    #[must_use]
+    pub fn at_random(mut self, wanted: bool) -> Self {
+        if let Self::Translate {
+            source: Source::Masquerade { random_fully },
+            ..
+        }
+        | Self::Open(OpenRule {
+            act: open::Act::Masquerade { random_fully },
+            ..
+        }) = &mut self
+        {
+            *random_fully = wanted;
+        }
+        self
+    }
+
     /// Whether the rule is about IPv6.
     pub fn is_v6(&self) -> bool {
         let net = match self {
             Self::Refuse(_, net) => Some(net),
             Self::Translate { from, to, .. } => from.as_ref().or(to.as_ref()),
+            Self::Open(rule) => return rule.v6,
         };
         matches!(net, Some(IpNet::V6(_)))
     }
@@ -93,11 +136,45 @@ const MULTICAST_V4: Ipv4Net = Ipv4Net::new_assert(std::net::Ipv4Addr::new(224, 0
 const MULTICAST_V6: Ipv6Net = Ipv6Net::new_assert(std::net::Ipv6Addr::new(0xff00, 0, 0, 0, 0, 0, 0, 0), 8);
 
 impl Firewall {
+    /// The filter of an unencrypted mesh: flannel's, for a node that holds `own`. iptables programs it where it can; see
+    /// [`Firewall::by_nft`].
+    pub fn plain(networks: Vec<IpNet>, own: Subnets, masquerade: bool, random_fully: bool, forward: bool) -> Self {
+        Self {
+            form: Form::Open { forward, nft: false },
+            networks,
+            own,
+            bases: Addresses::default(),
+            uplink: String::new(),
+            masquerade,
+            random_fully,
+        }
+    }
+
+    /// The same, programmed by nf_tables where the kernel can if `nft`. An encrypted mesh's always is.
+    #[must_use]
+    pub fn by_nft(mut self, wanted: bool) -> Self {
+        if let Form::Open { nft, .. } = &mut self.form {
+            *nft = wanted;
+        }
+        self
+    }
+
+    /// Whether nf_tables is to program it where the kernel can.
+    pub fn prefers_nft(&self) -> bool {
+        match self.form {
+            Form::Sealed => true,
+            Form::Open { nft, .. } => nft,
+        }
+    }
+
     /// The rules, family by family in the order of `networks`: guard first, then source translation.
     ///
     /// Each names one source and one destination at most, because an iptables rule can't name more; exceptions
     /// therefore come as rules of their own in front.
     pub fn rules(&self) -> Vec<Rule> {
+        if let Form::Open { forward, .. } = self.form {
+            return open::rules(self, forward);
+        }
         let guard = |way| self.networks.iter().map(move |net| Rule::Refuse(way, *net));
         let mut rules: Vec<Rule> = guard(Way::Arriving).chain(guard(Way::Leaving)).collect();
         for own in self.own.iter() {
@@ -260,7 +337,12 @@ impl Manager {
 
     /// Removes what an earlier run made by the other manager: call it after the first [`Manager::apply`], so that the
     /// guard is never absent. Where the other manager does not work here there is nothing to remove.
+    ///
+    /// flannel's own tables go with it: its rules are taken over.
     pub fn remove_other(&self) -> Result<(), Error> {
+        if let Ok(mut nft) = Nft::open_unchecked() {
+            nft.remove_flannels()?;
+        }
         match self {
             Self::Nft(_) => Iptables::open().map_or(Ok(()), |mut iptables| Ok(iptables.remove()?)),
             Self::Iptables(_) => Nft::open_unchecked().map_or(Ok(()), |mut nft| Ok(nft.remove()?)),
@@ -275,18 +357,23 @@ impl Manager {
         }
     }
 
-    /// Listens for changes of the rules; `None` for iptables, which tells nobody: call [`Manager::verify`] now and then.
+    /// Listens for changes of the rules. iptables tells nobody: call [`Manager::verify`] now and then. `None` where the
+    /// kernel has no nf_tables, and so nothing to tell; another manager may take this one's place.
     pub fn monitor(&self) -> Result<Option<Monitor>, Error> {
-        match self {
-            Self::Nft(_) => {
-                let monitor = Monitor::open(Protocol::Netfilter, &[nft::GROUP]);
-                Ok(Some(monitor.map_err(|source| nft::Error::Netlink {
-                    step: "listen for changes",
-                    source,
-                })?))
+        match (Monitor::open(Protocol::Netfilter, &[nft::GROUP]), self) {
+            (Ok(monitor), _) => Ok(Some(monitor)),
+            (Err(_), Self::Iptables(_)) => Ok(None),
+            (Err(source), Self::Nft(_)) => Err(nft::Error::Netlink {
+                step: "listen for changes",
+                source,
             }
-            Self::Iptables(_) => Ok(None),
+            .into()),
         }
+    }
+
+    /// Whether this is the manager that [`Manager::open`] would rather take.
+    pub fn is_preferred(&self, prefer_nft: bool) -> bool {
+        matches!(self, Self::Nft(_)) == prefer_nft
     }
 
     /// Whether a message of [`Manager::monitor`] tells of someone else's change to what is ours: verify and apply then.

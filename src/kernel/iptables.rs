@@ -1,7 +1,9 @@
-//! The packet filter as iptables chains of our own, for kernels without address translation in nf_tables.
+//! The packet filter as iptables chains: of our own, for kernels without address translation in nf_tables; of flannel's
+//! names and rules for an unencrypted mesh, so that a node is taken over in place.
 //!
 //! Each table is changed by one `iptables-restore --noflush`, which the kernel commits at one instant; `iptables-save`
-//! shows what stands. iptables tells nobody of changes: whoever uses this looks at the tables' sizes often
+//! shows what stands. iptables tells nobody of changes: whoever uses this looks at the tables' sizes (or, where the
+//! programs keep their rules in nf_tables, at its generation) often
 //! ([`Iptables::may_differ`]) and compares the rules now and then.
 
 mod program;
@@ -12,11 +14,14 @@ use std::collections::BTreeMap;
 use std::fmt;
 use std::time::Duration;
 
+use xfrm::{Connection, Protocol};
+
 use crate::kernel::firewall::{Counters, Firewall, Rule, Way};
+use crate::kernel::nft;
 
 use program::Programs;
 use size::Size;
-use text::{Shown, Table};
+use text::{Chain, Shown};
 
 /// How long one run of a program may take.
 pub const LIMIT: Duration = Duration::from_secs(10);
@@ -105,14 +110,25 @@ impl fmt::Display for Family {
 pub struct Iptables {
     programs: BTreeMap<Family, Programs>,
     written: Option<(Firewall, Standing)>,
-    /// How large the tables were when they were last seen to be right.
-    sizes: BTreeMap<(Family, Table), Size>,
+    /// The tables' signs when they were last seen to be right.
+    signs: Signs,
+    /// To ask nf_tables with; `None` until it was, and where it can't be.
+    nf_tables: Option<Connection>,
     /// Drops counted by rules that were rewritten by a program that does not carry the numbers over (ip6tables-nft 1.8.9).
     lost: Counters,
 }
 
+/// What differs once another hand has changed a table.
+#[derive(Clone, Debug, Default, Eq, PartialEq)]
+struct Signs {
+    /// How large each table is.
+    sizes: BTreeMap<(Family, Chain), Size>,
+    /// The generation of nf_tables, where the rules are there.
+    generation: Option<u32>,
+}
+
 /// What `iptables-save` shows of each of our chains.
-type Standing = BTreeMap<(Family, Table), Vec<String>>;
+type Standing = BTreeMap<(Family, Chain), Vec<String>>;
 
 impl Iptables {
     /// Finds programs that work on this kernel, for IPv4 at least: the plain ones, else `-legacy`, else `-nft`.
@@ -121,7 +137,8 @@ impl Iptables {
         Ok(Self {
             programs,
             written: None,
-            sizes: BTreeMap::new(),
+            signs: Signs::default(),
+            nf_tables: None,
             lost: Counters::default(),
         })
     }
@@ -131,7 +148,7 @@ impl Iptables {
     pub fn apply(&mut self, firewall: &Firewall) -> Result<(), Error> {
         self.written = None;
         let rules = firewall.rules();
-        let mut written = BTreeMap::new();
+        let (mut written, mut sizes) = (BTreeMap::new(), BTreeMap::new());
         for family in Family::ALL {
             let rules: Vec<Rule> = rules
                 .iter()
@@ -139,19 +156,23 @@ impl Iptables {
                 .filter(|rule| rule.is_v6() == (family == Family::V6))
                 .collect();
             if rules.is_empty() {
-                self.remove_family(family)?;
+                self.remove_family(family, &Chain::ALL)?;
                 continue;
             }
-            for table in Table::ALL {
+            let random_fully = firewall.random_fully && self.programs(family)?.takes_random_fully();
+            let rules: Vec<Rule> = rules.into_iter().map(|rule| rule.at_random(random_fully)).collect();
+            for table in Chain::ALL.into_iter().filter(|chain| chain.is_of(firewall)) {
                 let programs = self.programs(family)?;
                 let wanted = text::rules(table, &rules, &firewall.uplink);
                 let before = Shown::parse(table, &programs.save(table)?);
                 programs.restore(&text::replacement(table, &wanted, &before))?;
+                // Before the rules are shown: what changes in between is not taken for ours.
+                sizes.extend(size::sizes(std::iter::once((family, table))));
                 let shown = Shown::parse(table, &programs.save(table)?);
-                if !shown.jumps_first() || shown.rules.len() != wanted.len() {
+                if !shown.jumps() || shown.rules.len() != wanted.len() {
                     return Err(Error::Disturbed {
                         program: programs.save_name(),
-                        chain: table.chain(),
+                        chain: table.name(),
                     });
                 }
                 if let Some(way) = table.way() {
@@ -161,9 +182,17 @@ impl Iptables {
                 }
                 written.insert((family, table), shown.rules);
             }
+            // What the other form left goes once this one stands.
+            let others: Vec<Chain> = Chain::ALL.into_iter().filter(|chain| !chain.is_of(firewall)).collect();
+            self.remove_family(family, &others)?;
         }
-        self.sizes = size::sizes(written.keys().copied());
         self.written = Some((firewall.clone(), written));
+        // In nf_tables our own writes count too, and another hand may have come between two of them: with no generation
+        // the next look is at the rules.
+        self.signs = Signs {
+            sizes,
+            generation: None,
+        };
         Ok(())
     }
 
@@ -171,7 +200,7 @@ impl Iptables {
     /// `firewall`. Runs six programs with both families.
     pub fn matches(&mut self, firewall: &Firewall) -> Result<bool, Error> {
         // Looked at before the rules: a change in between is seen the next time.
-        let sizes = self.current_sizes();
+        let signs = self.current_signs();
         let Some((_, written)) = self.written.as_ref().filter(|(written, _)| written == firewall) else {
             return Ok(false);
         };
@@ -180,23 +209,36 @@ impl Iptables {
                 return Ok(false);
             };
             let shown = Shown::parse(*table, &programs.save(*table)?);
-            if !shown.jumps_first() || shown.rules != *rules {
+            if !shown.jumps() || shown.rules != *rules {
                 return Ok(false);
             }
         }
-        self.sizes = sizes;
+        self.signs = signs;
         Ok(true)
     }
 
     /// Whether a table that we have a chain in is no longer as large as when [`Iptables::matches`] last was true: somebody
-    /// added or removed a rule, of ours or of theirs. Six system calls.
-    pub fn may_differ(&self) -> bool {
-        self.current_sizes() != self.sizes
+    /// added or removed a rule, of ours or of theirs. In nf_tables that is any change of any table. Six system calls.
+    pub fn may_differ(&mut self) -> bool {
+        self.current_signs() != self.signs
     }
 
-    fn current_sizes(&self) -> BTreeMap<(Family, Table), Size> {
+    fn current_signs(&mut self) -> Signs {
         let tables = self.written.iter().flat_map(|(_, standing)| standing.keys().copied());
-        size::sizes(tables)
+        Signs {
+            sizes: size::sizes(tables),
+            generation: self.generation(),
+        }
+    }
+
+    fn generation(&mut self) -> Option<u32> {
+        if !self.programs.values().any(Programs::by_nft) {
+            return None;
+        }
+        if self.nf_tables.is_none() {
+            self.nf_tables = Connection::open(Protocol::Netfilter).ok();
+        }
+        nft::generation(self.nf_tables.as_mut()?).ok()
     }
 
     /// Removes our chains and the jumps to them, in both families.
@@ -205,7 +247,7 @@ impl Iptables {
         self.lost = Counters::default();
         Family::ALL
             .into_iter()
-            .try_for_each(|family| self.remove_family(family))
+            .try_for_each(|family| self.remove_family(family, &Chain::ALL))
     }
 
     /// What the guard has dropped, both families together; zeros where our chains are absent.
@@ -214,7 +256,7 @@ impl Iptables {
         for family in Family::ALL {
             let Ok(programs) = self.programs(family) else { continue };
             for way in Way::ALL {
-                let table = Table::of(way);
+                let table = Chain::of(way);
                 let dropped = Shown::parse(table, &programs.save(table)?).dropped;
                 let tally = counters.of(way);
                 tally.packets += dropped.packets;
@@ -224,13 +266,14 @@ impl Iptables {
         Ok(counters)
     }
 
-    fn remove_family(&mut self, family: Family) -> Result<(), Error> {
+    fn remove_family(&mut self, family: Family, chains: &[Chain]) -> Result<(), Error> {
         // Where a family has no programs that work, it has no rules either.
         let Ok(programs) = self.programs(family) else {
             return Ok(());
         };
-        for table in Table::ALL {
-            let shown = Shown::parse(table, &programs.save(table)?);
+        let saved = programs.save_all()?;
+        for &table in chains {
+            let shown = Shown::parse(table, &text::part(table, &saved));
             if let Some(script) = text::removal(table, &shown) {
                 programs.restore(&script)?;
             }

@@ -21,6 +21,7 @@ mod events;
 mod ipsec;
 mod link;
 mod message;
+mod neighbour;
 mod preflight;
 mod route;
 
@@ -136,14 +137,28 @@ impl Netlink {
             }
             Op::Make(..) | Op::Change(..) => return Err(misfit(op)),
         };
-        manager.apply(rules).map_err(|error| failed(op, &error))?;
-        let first = self.rules.replace(Firewall::clone(rules)).is_none();
-        // What an earlier run made by the other manager would go on acting beside ours.
-        if first {
-            manager.remove_other().map_err(|error| failed(op, &error))
-        } else {
-            Ok(())
+        let prefers = rules.prefers_nft();
+        let first = self.rules.as_ref().is_none_or(|rules| rules.prefers_nft() != prefers);
+        if first && !manager.is_preferred(prefers) {
+            *manager = Manager::open(prefers).map_err(|error| failed(op, &error))?;
+            if !manager.is_preferred(prefers) {
+                let (wanted, used) = if prefers {
+                    ("nf_tables", "iptables")
+                } else {
+                    ("iptables", "nf_tables")
+                };
+                tracing::info!("{wanted} can't be used here: {used} holds the packet filter");
+            }
         }
+        manager.apply(rules).map_err(|error| failed(op, &error))?;
+        // What the other manager holds, of an earlier run or of other settings, would go on acting beside ours.
+        if first && let Err(error) = manager.remove_other() {
+            // The next pass tries again: without rules on record it makes these anew.
+            self.rules = None;
+            return Err(failed(op, &error));
+        }
+        self.rules = Some(Firewall::clone(rules));
+        Ok(())
     }
 
     fn apply_sysctl(&mut self, op: &Op) -> Result<(), WriteError> {
@@ -174,7 +189,8 @@ impl Datapath for Netlink {
         }
         objects.extend(self.dump_firewall()?.map(|firewall| (Key::Firewall, firewall)));
         link::dump(&mut self.route, &self.known, &mut objects)?;
-        route::dump(&mut self.route, &mut objects)?;
+        route::dump(&mut self.route, &self.known, &mut objects)?;
+        neighbour::dump(&mut self.route, &self.known, &mut objects)?;
         ipsec::dump(&mut self.xfrm, &mut objects)?;
         Ok(objects)
     }
@@ -191,7 +207,8 @@ impl Datapath for Netlink {
                 link::apply(&mut self.route, self.sinks, &self.known, op)
             }),
             Kind::Address => each(writes, &mut |op| link::apply_address(&mut self.route, &self.known, op)),
-            Kind::GuardRoute | Kind::Route => route::apply(&mut self.route, &ops(writes)),
+            Kind::GuardRoute | Kind::Route => route::apply(&mut self.route, &self.known, &ops(writes)),
+            Kind::Neighbour | Kind::Fdb => neighbour::apply(&mut self.route, &self.known, &ops(writes)),
             Kind::Guard | Kind::Policy => ipsec::apply_policies(&mut self.xfrm, &ops(writes)),
             Kind::HashThreshold => ipsec::apply_thresholds(&mut self.xfrm, &ops(writes)),
             Kind::Sa => ipsec::apply_sas(&mut self.xfrm, writes),
@@ -201,7 +218,7 @@ impl Datapath for Netlink {
     fn filter_stands(&mut self, look: Look) -> bool {
         let Some(rules) = &self.rules else { return true };
         let mut manager = self.firewall.borrow_mut();
-        let suspect = match &*manager {
+        let suspect = match &mut *manager {
             Manager::Nft(_) => false,
             Manager::Iptables(iptables) => look == Look::Whole || iptables.may_differ(),
         };

@@ -2,7 +2,7 @@
 //!
 //! It is written whole in one transaction and compared whole. What the kernel shows after our write, handles included,
 //! is remembered; a table that shows anything else has been changed by someone. Nothing outside the table is read or
-//! written.
+//! written; flannel's own two tables are deleted, since their rules are taken over.
 
 mod wire;
 
@@ -12,7 +12,7 @@ use ipnet::{IpNet, Ipv4Net};
 use xfrm::message::attributes;
 use xfrm::{Connection, MessageRef, Protocol};
 
-use crate::kernel::firewall::{Counters, Firewall, Tally, Way};
+use crate::kernel::firewall::{Counters, Firewall, Form, Tally, Way};
 use crate::lease::{Addresses, Subnets};
 
 /// Our table's name, in the family `inet`.
@@ -118,6 +118,20 @@ impl Nft {
         self.delete(TABLE)
     }
 
+    /// Deletes the tables that flannel makes when it programs nf_tables.
+    pub fn remove_flannels(&mut self) -> Result<(), Error> {
+        for (family, table) in wire::FLANNELS {
+            match self.connection.transact(wire::removal_in(family, table)) {
+                Err(error) if error.is_gone() => {}
+                // A kernel whose nf_tables lacks a family holds none of its tables.
+                Err(xfrm::Error::Kernel(error))
+                    if [nix::libc::EAFNOSUPPORT, nix::libc::EOPNOTSUPP].contains(&error.errno) => {}
+                other => other.map_err(at("delete flannel's tables"))?,
+            }
+        }
+        Ok(())
+    }
+
     /// What the guard has dropped; zeros where there is no table.
     pub fn counters(&mut self) -> Result<Counters, Error> {
         let found = self.connection.dump(wire::GET_OBJECT, wire::about(TABLE), |message| {
@@ -160,24 +174,9 @@ impl Nft {
         }
     }
 
-    /// The number of the rule set's generation, of which the kernel shows the lower half in every answer.
+    /// The lower half of the rule set's generation, which the kernel shows in every answer.
     fn generation(&mut self) -> Result<u16, Error> {
-        let step = "read the rule set's generation";
-        let id = self.connection.get(
-            wire::GET_GENERATION,
-            0,
-            |w| wire::header(w, 0, 0),
-            |message| {
-                let id = attribute(message.payload.get(4..)?, wire::GENERATION_ID)?;
-                Some(u32::from_be_bytes(id.try_into().ok()?))
-            },
-        );
-        let malformed = xfrm::Error::Malformed {
-            kind: wire::NEW_GENERATION,
-            length: 0,
-        };
-        let id = id.and_then(|id| id.ok_or(malformed)).map_err(at(step))?;
-        Ok((id & 0xffff) as u16)
+        Ok((generation(&mut self.connection)? & 0xffff) as u16)
     }
 
     /// What stands in the kernel, and the generation of each answer.
@@ -229,6 +228,25 @@ impl Nft {
     }
 }
 
+/// The number of the rule set's generation: every change of any table in the network namespace adds one.
+pub(super) fn generation(connection: &mut Connection) -> Result<u32, Error> {
+    let step = "read the rule set's generation";
+    let id = connection.get(
+        wire::GET_GENERATION,
+        0,
+        |w| wire::header(w, 0, 0),
+        |message| {
+            let id = attribute(message.payload.get(4..)?, wire::GENERATION_ID)?;
+            Some(u32::from_be_bytes(id.try_into().ok()?))
+        },
+    );
+    let malformed = xfrm::Error::Malformed {
+        kind: wire::NEW_GENERATION,
+        length: 0,
+    };
+    id.and_then(|id| id.ok_or(malformed)).map_err(at(step))
+}
+
 /// The attributes of a message that is about our table.
 fn ours<'a>(message: &MessageRef<'a>) -> Option<&'a [u8]> {
     let payload = message.payload;
@@ -260,6 +278,7 @@ fn every_kind_of_rule() -> Firewall {
         v6: None,
     };
     Firewall {
+        form: Form::Sealed,
         networks: vec![IpNet::V4(net(24))],
         own,
         bases: Addresses {

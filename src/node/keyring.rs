@@ -1,8 +1,7 @@
 //! Keys on their way to the kernel: derived when first needed, a sending one handed out once.
 
-use std::collections::BTreeMap;
-
 use keys::{Carrier, SaKey};
+use litemap::LiteMap;
 use xfrm::Sa;
 
 use super::{Keys, Node, Sending, Way, sender};
@@ -28,16 +27,18 @@ impl Node {
             return Some(keys.inbound.key(theirs.cipher, ipsec::spi(peer.slot, born, carrier)));
         }
         let spi = ipsec::spi(own_slot, born, carrier);
-        let mut unused = match std::mem::replace(&mut keys.outbound, Sending::Made(BTreeMap::new())) {
+        let mut unused = match std::mem::replace(&mut keys.outbound, Sending::Made(LiteMap::new_vec())) {
             Sending::Fresh(outbound) if open.len() > 1 => {
                 let [plain, in_udp] = outbound.into_keys(own_cipher, spi);
-                BTreeMap::from([(Carrier::Esp, plain), (Carrier::Udp, in_udp)])
+                LiteMap::from_iter([(Carrier::Esp, plain), (Carrier::Udp, in_udp)])
             }
-            Sending::Fresh(outbound) => BTreeMap::from([(carrier, outbound.into_key(own_cipher, spi))]),
+            Sending::Fresh(outbound) => LiteMap::from_iter([(carrier, outbound.into_key(own_cipher, spi))]),
             Sending::Made(unused) => unused,
         };
         let key = unused.remove(&carrier);
-        keys.outbound = Sending::Made(unused);
+        if !unused.is_empty() {
+            keys.outbound = Sending::Made(unused);
+        }
         let key = key?;
         self.spent.entry(sending.sender).or_default().insert(theirs.public);
         peer.pair.programmed(sending);
@@ -57,7 +58,7 @@ impl Node {
                 unused.insert(parts.carrier, key);
             }
             // Where the kernel has its twin, the generation is half made.
-            if !peer.made.contains_key(&(born, Way::Out)) {
+            if !peer.has_made(born, Way::Out) {
                 peer.pair.refused(born);
             }
         }
@@ -90,7 +91,7 @@ impl Node {
                     .get(&sending.sender)
                     .is_some_and(|all| all.contains(&theirs.statement.public));
                 let outbound = if spent {
-                    Sending::Made(BTreeMap::new())
+                    Sending::Made(LiteMap::new_vec())
                 } else {
                     Sending::Fresh(Box::new(outbound))
                 };

@@ -18,6 +18,9 @@ impl Node {
     /// data is on plain ESP: a pod keeps the MTU that it began with, and the carrier changes under it.
     pub fn mtu(&self) -> Option<u32> {
         let uplink = self.uplink.as_ref()?;
+        if let Some(plain) = &self.settings.plain {
+            return Some(plain.mtu(&self.settings.network, uplink));
+        }
         let computed = inner_mtu(
             uplink.mtu,
             self.settings.cipher,
@@ -53,6 +56,9 @@ impl Node {
 
     /// Whether any pair needs the UDP encapsulation socket, and the local addresses and port it is for.
     pub fn encapsulates(&self) -> Option<(Addresses, u16)> {
+        if self.plain().is_some() {
+            return None;
+        }
         let any = self.settings.encap.mode != EncapMode::Esp
             || self.peers.values().any(|peer| {
                 let mut statements = peer.epochs.values().map(|epoch| epoch.statement.encap.mode);
@@ -64,6 +70,13 @@ impl Node {
 
     /// What the kernel should hold for `scope`.
     pub fn desired(&self, scope: &Scope) -> Objects {
+        if let Some(plain) = &self.settings.plain {
+            return match scope {
+                Scope::Node => self.plain_node(plain),
+                Scope::Peer(name) => self.plain_peer(plain, name).objects,
+                Scope::Orphans => Objects::new(),
+            };
+        }
         match scope {
             Scope::Node => ipsec::node(&NodeFacts {
                 network: self.settings.network,

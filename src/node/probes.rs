@@ -235,7 +235,7 @@ impl Node {
                 Way::Out => *g,
             })
         };
-        peer.made.retain(|(g, way), _| in_use(g, way));
+        peer.made.retain(|(g, way, _)| in_use(g, way));
         peer.torn.retain(|(g, way, _)| in_use(g, way));
         epochs.retain(|epoch, _| pair.holds(*epoch) || used.iter().any(|g| g.receiver == *epoch));
     }

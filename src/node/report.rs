@@ -10,7 +10,7 @@ use xfrm::{Limits, SaId};
 use super::psks::{self, PskReport};
 use super::{Known, Node, Peer};
 use crate::admission::Refusal;
-use crate::backend::ipsec;
+use crate::backend::{Plain, ipsec};
 use crate::epochs::{Data, Generation};
 use crate::kernel::{Counters, Key, Object, Scope};
 use crate::lease::NodeName;
@@ -30,7 +30,10 @@ pub struct Report {
     pub uplink: Option<String>,
     /// The mesh MTU, bytes.
     pub mtu: Option<u32>,
-    /// The cipher that this node sends with.
+    /// The backend's type.
+    #[serde(default)]
+    pub backend: String,
+    /// The cipher that this node sends with; empty where nothing is encrypted.
     pub cipher: String,
     /// Whether ESP travels in UDP: `false`, `true` or `auto`.
     pub encap: String,
@@ -77,7 +80,9 @@ pub enum State {
     Kept,
     /// No data yet: no probe has come back.
     Waiting,
-    /// Its lease is not believed.
+    /// Data goes, and is not encrypted, as the backend has it.
+    Plain,
+    /// Its lease is not believed, or can't be served.
     Refused,
 }
 
@@ -138,8 +143,13 @@ impl Node {
         if self.held.is_none() {
             problems.push("no lease yet".to_owned());
         }
-        let held = self.psk_reports(now);
-        problems.extend(psks::problems(&held, self.foreign()));
+        let held = match self.plain() {
+            Some(_) => Vec::new(),
+            None => self.psk_reports(now),
+        };
+        if self.plain().is_none() {
+            problems.extend(psks::problems(&held, self.foreign()));
+        }
         problems.extend(self.stalled().map(|why| format!("no new epoch can begin: {why}")));
         if let Some(Refusal::Conflict { claim, others }) = self.claims.conflict(&self.settings.name) {
             let others: Vec<String> = others.iter().map(ToString::to_string).collect();
@@ -161,7 +171,11 @@ impl Node {
             public: texts(&mut self.uplink.iter().flat_map(|u| u.public.iter()).map(|a| a.to_string())),
             uplink: self.uplink.as_ref().map(|uplink| uplink.name.clone()),
             mtu: self.mtu(),
-            cipher: self.settings.cipher.to_string(),
+            backend: self.plain().map_or("ipsec", Plain::name).into(),
+            cipher: match self.plain() {
+                Some(_) => String::new(),
+                None => self.settings.cipher.to_string(),
+            },
             encap: mode(self.settings.encap.mode).into(),
             encap_kept: None,
             epoch: newest.map(|(epoch, _)| epoch.0),
@@ -210,6 +224,10 @@ impl Node {
             packets_in: 0,
             errors: 0,
         };
+        if let Some(plain) = self.plain() {
+            self.plain_report(plain, name, &mut report);
+            return report;
+        }
         let Some(peer) = self.peers.get(name) else {
             return report;
         };

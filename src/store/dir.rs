@@ -26,7 +26,7 @@ use super::folder::{CONFIG, Folder, Found, Locked, file_name, parse_file_name};
 use super::mirror::{Mirror, Own};
 use super::notice::{FolderWatch, Scope};
 use super::{Claim, Health, Held, StoreError, Trouble, format};
-use crate::lease::{Lease, Network, NodeName, Roster, Subnets};
+use crate::lease::{BackendData, Lease, Network, NodeName, Roster, Subnets};
 
 /// How long the folder is trusted to report its changes.
 pub const REREAD: Duration = Duration::from_secs(30);
@@ -63,6 +63,15 @@ impl Drop for Watcher {
     }
 }
 
+/// What the watcher has to know of a reading.
+#[derive(Clone, Copy, Debug)]
+struct Reading {
+    /// When doubted losses are to be looked at again.
+    settles: Option<Instant>,
+    /// The path leads to another folder than at the reading before.
+    replaced: bool,
+}
+
 /// Which half of [`Health`] an outcome belongs to.
 #[derive(Clone, Copy, Debug, Eq, PartialEq)]
 enum Half {
@@ -88,7 +97,8 @@ impl Dir {
         watch.attach(path);
         let settles = shared
             .blocking(Half::Reading, |shared| shared.read(&Scope::All))
-            .await?;
+            .await?
+            .settles;
         let following = tokio::spawn(follow(shared.clone(), watch, settles));
         let _watcher = Arc::new(Watcher(following.abort_handle()));
         Ok(Self { shared, _watcher })
@@ -206,18 +216,19 @@ impl Shared {
     }
 
     /// Brings the roster up to date with the folder. Returns when losses that are doubted are to be looked at again.
-    fn read(&self, scope: &Scope) -> Result<Option<Instant>, StoreError> {
+    fn read(&self, scope: &Scope) -> Result<Reading, StoreError> {
         let outcome = self.try_read(scope);
         self.note(Half::Reading, outcome.as_ref().err());
         outcome
     }
 
-    fn try_read(&self, scope: &Scope) -> Result<Option<Instant>, StoreError> {
+    fn try_read(&self, scope: &Scope) -> Result<Reading, StoreError> {
         let now = Instant::now();
         let folder = Folder::open(&self.path)?;
         let mut mirror = self.mirror();
+        let replaced = !mirror.shows(&folder)?;
         let config = match scope {
-            Scope::Files(names) if mirror.shows(&folder)? => {
+            Scope::Files(names) if !replaced => {
                 names.iter().for_each(|name| mirror.read_one(&folder, name, now));
                 names.contains(OsStr::new(CONFIG))
             }
@@ -238,7 +249,7 @@ impl Shared {
                 differs
             });
         }
-        Ok(settles)
+        Ok(Reading { settles, replaced })
     }
 
     /// Keeps the health, and says once what changed in it.
@@ -292,8 +303,8 @@ impl Shared {
                 subnets,
                 public: claim.public,
                 backend: String::new(),
-                data: serde_json::Value::Null,
-                v6_data: serde_json::Value::Null,
+                data: BackendData::NULL,
+                v6_data: BackendData::NULL,
             };
             if let Some(revision) = locked.create(&lease, 0)? {
                 let slot = network.slot(&subnets)?;
@@ -553,13 +564,20 @@ async fn follow(shared: Arc<Shared>, mut watch: FolderWatch, mut settles: Option
         if failing || !watch.is_attached() || Instant::now() >= reread {
             scope = Scope::All;
         }
-        if matches!(scope, Scope::All) {
+        let whole = matches!(scope, Scope::All);
+        if whole {
             // Before the reading, so that no change falls between.
             watch.attach(&shared.path);
             reread = Instant::now() + REREAD;
         }
         match shared.blocking(Half::Reading, move |shared| shared.read(&scope)).await {
-            Ok(at) => settles = at,
+            Ok(reading) => {
+                settles = reading.settles;
+                if reading.replaced && !whole {
+                    // The watch is still on the folder before.
+                    reread = Instant::now();
+                }
+            }
             Err(StoreError::Stopped) => return,
             Err(_) => {}
         }

@@ -7,9 +7,8 @@ use std::net::{Ipv4Addr, Ipv6Addr};
 
 use ipnet::{IpNet, Ipv4Net, Ipv6Net};
 use serde::{Deserialize, Serialize};
-use serde_json::Value;
 
-use crate::lease::{Addresses, Lease, NodeName, Subnets};
+use crate::lease::{Addresses, BackendData, Lease, NodeName, Subnets};
 
 /// A text that is no subnet key.
 #[derive(Clone, Debug, thiserror::Error, PartialEq, Eq)]
@@ -45,10 +44,10 @@ struct Wire {
     public_v6: Option<Ipv6Addr>,
     #[serde(rename = "BackendType", default, skip_serializing_if = "String::is_empty")]
     backend: String,
-    #[serde(rename = "BackendData", default, skip_serializing_if = "Value::is_null")]
-    data: Value,
-    #[serde(rename = "BackendV6Data", default, skip_serializing_if = "Value::is_null")]
-    v6_data: Value,
+    #[serde(rename = "BackendData", default, skip_serializing_if = "BackendData::is_null")]
+    data: BackendData,
+    #[serde(rename = "BackendV6Data", default, skip_serializing_if = "BackendData::is_null")]
+    v6_data: BackendData,
     #[serde(rename = "Revision", default, skip_serializing_if = "is_zero")]
     revision: u64,
 }
@@ -99,32 +98,50 @@ fn parse_net(text: &str) -> Option<IpNet> {
     IpNet::new(address.parse().ok()?, length.parse().ok()?).ok()
 }
 
+/// The value of `lease` as flannel itself writes it: on one line, and without the node's name, which flannel does not know.
+pub fn encode_flannel(lease: &Lease) -> String {
+    serde_json::to_string(&wire(lease, None, 0)).expect("a lease is plain JSON")
+}
+
 /// The value of `lease`, as JSON for people and programs, with `revision` (left out where it is 0).
 pub fn encode(lease: &Lease, revision: u64) -> String {
+    let wire = wire(lease, Some(lease.node.clone()), revision);
+    let mut text = serde_json::to_string_pretty(&wire).expect("a lease is plain JSON");
+    text.push('\n');
+    text
+}
+
+fn wire(lease: &Lease, node: Option<NodeName>, revision: u64) -> Wire {
     let Lease {
-        node,
+        node: _,
         subnets: _,
         public,
         backend,
         data,
         v6_data,
     } = lease;
-    let wire = Wire {
-        node: Some(node.clone()),
+    Wire {
+        node,
         public: Some(public.v4.unwrap_or(Ipv4Addr::UNSPECIFIED)),
         public_v6: public.v6,
         backend: backend.clone(),
         data: data.clone(),
         v6_data: v6_data.clone(),
         revision,
-    };
-    let mut text = serde_json::to_string_pretty(&wire).expect("a lease is plain JSON");
-    text.push('\n');
-    text
+    }
 }
 
 /// The lease of `subnets` that `value` describes, and its revision (0 where none is given).
 pub fn decode(subnets: Subnets, value: &[u8]) -> Result<(Lease, u64), BadValue> {
+    decode_named(subnets, value, |_| None)
+}
+
+/// The same, where a value that names no node is given the name that `name` makes of what it says.
+pub fn decode_named(
+    subnets: Subnets,
+    value: &[u8],
+    name: impl FnOnce(&Unnamed<'_>) -> Option<NodeName>,
+) -> Result<(Lease, u64), BadValue> {
     let Wire {
         node,
         public,
@@ -134,11 +151,16 @@ pub fn decode(subnets: Subnets, value: &[u8]) -> Result<(Lease, u64), BadValue> 
         v6_data,
         revision,
     } = serde_json::from_slice(value).map_err(BadValue::Json)?;
-    let node = node.ok_or(BadValue::NoNode)?;
     let public = Addresses {
         v4: public.filter(|address| !address.is_unspecified()),
         v6: public_v6.filter(|address| !address.is_unspecified()),
     };
+    let unnamed = Unnamed {
+        public: &public,
+        backend: &backend,
+        data: &data,
+    };
+    let node = node.or_else(|| name(&unnamed)).ok_or(BadValue::NoNode)?;
     Ok((
         Lease {
             node,
@@ -150,6 +172,17 @@ pub fn decode(subnets: Subnets, value: &[u8]) -> Result<(Lease, u64), BadValue> 
         },
         revision,
     ))
+}
+
+/// What a value without a node's name says that a name can be made of.
+#[derive(Clone, Copy, Debug)]
+pub struct Unnamed<'a> {
+    /// The public addresses.
+    pub public: &'a Addresses,
+    /// `BackendType`.
+    pub backend: &'a str,
+    /// `BackendData`.
+    pub data: &'a BackendData,
 }
 
 /// Whether two sets of subnets share an address.

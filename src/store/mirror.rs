@@ -52,7 +52,7 @@ enum Entry {
 pub(super) struct Mirror {
     files: BTreeMap<OsString, Entry>,
     /// Every file that names a node, in the order of revisions: the last one counts.
-    claims: BTreeMap<NodeName, BTreeSet<(u64, OsString)>>,
+    claims: BTreeMap<NodeName, Vec<(u64, OsString)>>,
     /// What `status` says of files that don't count.
     notes: BTreeMap<OsString, String>,
     notes_changed: bool,
@@ -270,7 +270,7 @@ impl Mirror {
             .is_some_and(|(node, _)| self.file_of(node) == Some(&name));
         if let Some((node, revision)) = &before {
             let claims = self.claims.get_mut(node).expect("a lease's node has a claim");
-            claims.remove(&(*revision, name.clone()));
+            claims.retain(|(at, file)| (*at, file) != (*revision, &name));
             if claims.is_empty() {
                 self.claims.remove(node);
             }
@@ -278,10 +278,9 @@ impl Mirror {
         match entry {
             Some(entry) => {
                 if let Entry::Lease { node, revision, .. } = &entry {
-                    self.claims
-                        .entry(node.clone())
-                        .or_default()
-                        .insert((*revision, name.clone()));
+                    let claims = self.claims.entry(node.clone()).or_insert_with(|| Vec::with_capacity(1));
+                    claims.push((*revision, name.clone()));
+                    claims.sort();
                 }
                 self.files.insert(name.clone(), entry);
             }

@@ -18,7 +18,7 @@ use tokio::sync::watch;
 
 use super::folder::{Folder, file_name};
 use super::{Claim, Store, StoreError, format};
-use crate::lease::{Addresses, Completeness, Lease, Network, NodeName, Range, Roster, Subnets};
+use crate::lease::{Addresses, BackendData, Completeness, Lease, Network, NodeName, Range, Roster, Subnets};
 
 /// A folder of its own for a test, removed at the end.
 struct Temp(PathBuf);
@@ -96,13 +96,16 @@ fn lease(name: &str, key: &str) -> Lease {
             v6: None,
         },
         backend: "ipsec".into(),
-        data: json!({"epoch": 7}),
-        v6_data: json!(null),
+        data: json!({"epoch": 7}).into(),
+        v6_data: BackendData::NULL,
     }
 }
 
 fn with_data(lease: &Lease, data: serde_json::Value) -> Lease {
-    Lease { data, ..lease.clone() }
+    Lease {
+        data: data.into(),
+        ..lease.clone()
+    }
 }
 
 async fn until(roster: &mut watch::Receiver<Roster>, what: impl FnMut(&Roster) -> bool) {
@@ -125,7 +128,7 @@ fn names(roster: &Roster) -> Vec<&str> {
 }
 
 fn counters(store: &Store) -> (u64, u64) {
-    let Store::Dir(dir) = store;
+    let Store::Dir(dir) = store else { panic!("a folder") };
     dir.counters()
 }
 
@@ -562,7 +565,7 @@ async fn one_changed_file_among_5000_is_the_only_one_read() {
     let revision = store.roster().borrow().revision();
     temp.put(&with_data(&lease("n17", &key(17)), json!("new")), 2);
     until(&mut store.roster(), |roster| {
-        roster.get(&node("n17")).unwrap().data == json!("new")
+        roster.get(&node("n17")).unwrap().data.value() == json!("new")
     })
     .await;
     let (after, full_after) = counters(&store);

@@ -3,7 +3,7 @@
 
 use std::net::IpAddr;
 
-use super::{Address, Choice, Facts, Families, Family, Iface, Link, Unfit, Uplink, UplinkError};
+use super::{Address, Choice, Facts, Families, Family, FoundRoute, Iface, Link, LinkRoute, Unfit, Uplink, UplinkError};
 use crate::lease::Addresses;
 
 /// Chooses the uplink.
@@ -218,7 +218,22 @@ impl Facts {
             mtu: link.mtu,
             local,
             public: public.collect(),
+            routes: self.routes_by(found.index, choice),
         })
+    }
+
+    /// The routes beside the mesh's own, longest first; of several to one net the one that the kernel takes.
+    fn routes_by(&self, index: u32, choice: &Choice) -> Vec<LinkRoute> {
+        let mut found: Vec<&FoundRoute> = (self.routes.iter())
+            .filter(|route| !choice.is_mesh(route.net.addr()))
+            .collect();
+        found.sort_by_key(|route| (u8::MAX - route.net.prefix_len(), route.net, route.metric));
+        found.dedup_by_key(|route| route.net);
+        let link = |route: &FoundRoute| LinkRoute {
+            net: route.net,
+            direct: route.index == Some(index) && !route.routed,
+        };
+        found.into_iter().map(link).collect()
     }
 
     /// The interface's address that flannel would take: global before link-local, lasting before leased; but never an
@@ -315,7 +330,7 @@ fn of(addresses: Addresses, family: Family) -> Option<IpAddr> {
 }
 
 impl Choice {
-    fn is_mesh(&self, address: IpAddr) -> bool {
+    pub(super) fn is_mesh(&self, address: IpAddr) -> bool {
         self.mesh
             .is_some_and(|mesh| mesh.nets().any(|net| net.contains(&address)))
     }

@@ -7,6 +7,7 @@ use std::net::IpAddr;
 use std::time::Duration;
 
 use futures_util::{StreamExt as _, TryStreamExt as _};
+use ipnet::IpNet;
 use netlink_packet_core::{NetlinkMessage, NetlinkPayload};
 use netlink_packet_route::address::{AddressAttribute, AddressFlags, AddressMessage, AddressScope};
 use netlink_packet_route::link::{LinkAttribute, LinkFlags, LinkMessage, Prop};
@@ -17,7 +18,10 @@ use tokio::sync::watch as channel;
 use tokio::time::sleep;
 
 use super::choose::is_ours;
-use super::{Address, Choice, DefaultRoute, Facts, Families, Family, Link, Reach, Uplink, UplinkError, choose};
+use super::{
+    Address, Choice, DefaultRoute, Facts, Families, Family, FoundRoute, Link, Reach, Uplink, UplinkError, choose,
+};
+use crate::kernel::ROUTE_PROTOCOL;
 
 /// How long changes are gathered: an interface that comes up sends a dozen notifications.
 const SETTLE: Duration = Duration::from_millis(50);
@@ -116,6 +120,7 @@ async fn dump(handle: &Handle, can_reach: Option<IpAddr>) -> Result<Facts, rtnet
         let mut routes = Box::pin(handle.route().get(all).execute());
         while let Some(message) = routes.try_next().await? {
             facts.default_routes.extend(default_route(&message));
+            facts.routes.extend(found_route(&message));
         }
     }
     if let Some(to) = can_reach {
@@ -201,8 +206,35 @@ fn address(message: &AddressMessage) -> Option<Address> {
     })
 }
 
-fn default_route(message: &RouteMessage) -> Option<DefaultRoute> {
+/// A route that can say what is on a link: not the default, not ours, and not one that every link has.
+fn found_route(message: &RouteMessage) -> Option<FoundRoute> {
     let header = &message.header;
+    let length = header.destination_prefix_length;
+    if length == 0 || !is_main(message) || u8::from(header.protocol) == ROUTE_PROTOCOL {
+        return None;
+    }
+    let destination = message.attributes.iter().find_map(|attribute| match attribute {
+        RouteAttribute::Destination(RouteAddress::Inet(v4)) => Some(IpAddr::V4(*v4)),
+        RouteAttribute::Destination(RouteAddress::Inet6(v6)) if !v6.is_unicast_link_local() && !v6.is_multicast() => {
+            Some(IpAddr::V6(*v6))
+        }
+        _ => None,
+    });
+    let by_router = |attribute: &RouteAttribute| {
+        matches!(
+            attribute,
+            RouteAttribute::Gateway(_) | RouteAttribute::Via(_) | RouteAttribute::MultiPath(_)
+        )
+    };
+    Some(FoundRoute {
+        net: IpNet::new(destination?, length).ok()?,
+        index: oif(message).filter(|_| header.kind == RouteType::Unicast),
+        routed: message.attributes.iter().any(by_router),
+        metric: metric(message),
+    })
+}
+
+fn is_main(message: &RouteMessage) -> bool {
     let main = message.attributes.iter().find_map(|a| {
         if let RouteAttribute::Table(t) = a {
             Some(*t)
@@ -210,15 +242,10 @@ fn default_route(message: &RouteMessage) -> Option<DefaultRoute> {
             None
         }
     });
-    let main = main.unwrap_or_else(|| header.table.into()) == u32::from(RouteHeader::RT_TABLE_MAIN);
-    if header.destination_prefix_length != 0 || header.kind != RouteType::Unicast || !main {
-        return None;
-    }
-    let family = if header.address_family == AddressFamily::Inet {
-        Family::V4
-    } else {
-        Family::V6
-    };
+    main.unwrap_or_else(|| message.header.table.into()) == u32::from(RouteHeader::RT_TABLE_MAIN)
+}
+
+fn metric(message: &RouteMessage) -> u32 {
     let metric = message.attributes.iter().find_map(|a| {
         if let RouteAttribute::Priority(m) = a {
             Some(*m)
@@ -226,10 +253,23 @@ fn default_route(message: &RouteMessage) -> Option<DefaultRoute> {
             None
         }
     });
+    metric.unwrap_or(0)
+}
+
+fn default_route(message: &RouteMessage) -> Option<DefaultRoute> {
+    let header = &message.header;
+    if header.destination_prefix_length != 0 || header.kind != RouteType::Unicast || !is_main(message) {
+        return None;
+    }
+    let family = if header.address_family == AddressFamily::Inet {
+        Family::V4
+    } else {
+        Family::V6
+    };
     Some(DefaultRoute {
         family,
         index: oif(message)?,
-        metric: metric.unwrap_or(0),
+        metric: metric(message),
         source: source(message),
     })
 }
@@ -311,7 +351,8 @@ fn is_relevant(message: &Message, facts: &Facts, choice: &Choice) -> bool {
             let ours = oif(route)
                 .and_then(|index| facts.links.get(&index))
                 .is_some_and(is_ours);
-            !ours && (route.header.destination_prefix_length == 0 || choice.can_reach.is_some())
+            let tells = found_route(route).is_some_and(|found| !choice.is_mesh(found.net.addr()));
+            !ours && (route.header.destination_prefix_length == 0 || choice.can_reach.is_some() || tells)
         }
         NetlinkPayload::InnerMessage(RouteNetlinkMessage::NewLink(message)) => {
             // Counters, carrier and bridge state come this way too.

@@ -368,6 +368,7 @@ proptest! {
                 let address = if six { format!("fd00::{n:x}") } else { format!("10.0.0.{n}") };
                 Address { index, address: address.parse().unwrap(), host_scope, permanent, deprecated, temporary, unusable }
             }).collect(),
+            routes: Vec::new(),
             default_routes: routes.into_iter().map(|(six, index, metric)| {
                 route(if six { Family::V6 } else { Family::V4 }, index, metric)
             }).collect(),

@@ -1,6 +1,7 @@
-"""ESP throughput: pods behind two daemons, against pods behind the same SAs and policies made by hand.
+"""ESP throughput: pods behind two daemons, against pods behind the same SAs and policies made by hand, once with the packet
+filter that ringmail makes and once with none, which shows what the filter and its connection tracking cost.
 
-Both pairs of nodes stand in one kernel at the same time and take turns."""
+All pairs of nodes stand in one kernel at the same time and take turns."""
 
 import secrets
 
@@ -33,6 +34,13 @@ def made_by_hand(name, mtu):
     return lab
 
 
+def with_its_filter(lab, ours):
+    """Gives the nodes of `lab` the packet filter of those of `ours`."""
+    for node, model in zip(lab.nodes, ours.nodes, strict=True):
+        node.run(["iptables-legacy-restore"], input=model.run("iptables-legacy-save"))
+        node.run(["nft", "-f", "-"], input=model.run("nft list ruleset"))
+
+
 def by_ringmail(name):
     """Two nodes with their daemons, confirmed both ways."""
     lab = Lab(name, 2)
@@ -61,9 +69,11 @@ def esp(_programs, quick):
     try:
         labs.append(by_ringmail("bench-ours"))
         ours = labs[0].pods()
-        labs.append(made_by_hand("bench-hand", labs[0].node(1).subnet_env()["FLANNEL_MTU"]))
-        hand = labs[1].pods()
-        for lab, pods in zip(labs, (ours, hand), strict=True):
+        mtu = labs[0].node(1).subnet_env()["FLANNEL_MTU"]
+        labs += [made_by_hand("bench-hand", mtu), made_by_hand("bench-bare", mtu)]
+        with_its_filter(labs[1], labs[0])
+        hand, bare = labs[1].pods(), labs[2].pods()
+        for lab, pods in zip(labs, (ours, hand, bare), strict=True):
             lab.wire.close()  # it watches every frame, and would be measured too
             assert any(pods[0].ping(pods[1]) for _ in range(20)), f"{lab.name}: no answer from pod to pod"
         # First probes may come before the peer has an SA for them.
@@ -71,11 +81,12 @@ def esp(_programs, quick):
         rows = []
         for streams in (1, 8):
             seconds = 2 if quick else 4
-            sides = [lambda pods=pods, n=streams: throughput(pods[0], pods[1], seconds, n) for pods in (ours, hand)]
+            sides = [lambda pods=pods, n=streams: throughput(pods[0], pods[1], seconds, n) for pods in (ours, hand, bare)]
             interleaved(1, *sides)
             found = interleaved(4 if quick else 12, *sides)
             what = f"ESP throughput, TCP, {streams} stream{'s' if streams > 1 else ''}"
-            rows.append(ratio(what, "Gbit/s", *found, "same SAs by `ip xfrm`", ("at least", 0.98)))
+            rows.append(ratio(what, "Gbit/s", *found[:2], "the same SAs by `ip xfrm`, the same packet filter", ("at least", 0.98)))
+            rows.append(ratio(what, "Gbit/s", found[0], found[2], "the same SAs, no packet filter"))
         after = [node.xfrm_stat() for lab in labs for node in lab.nodes]
         assert after == before, f"the kernel dropped packets: {before}, then {after}"
         return rows

@@ -10,7 +10,7 @@ use ring::rand::SystemRandom;
 use ringmail::admission::{self, Admitted};
 use ringmail::backend::ipsec;
 use ringmail::epochs::Generation;
-use ringmail::lease::{Addresses, Lease, Network, NodeName, Range, Subnets};
+use ringmail::lease::{Addresses, BackendData, Lease, Network, NodeName, Range, Subnets};
 use ringmail::probe::{self, Probe};
 
 /// Whom everything is measured on; the peers' slots come after its own.
@@ -113,7 +113,7 @@ impl Mesh {
             },
             backend: "ipsec".into(),
             data: admission::publish(&encoded, &[Arc::clone(&self.psk)]),
-            v6_data: serde_json::Value::Null,
+            v6_data: BackendData::NULL,
         };
         Ok(Life {
             secret,

@@ -79,6 +79,11 @@ impl Site {
             random_fully: true,
             advertisements: false,
             directed: false,
+            plain: None,
+            prepared: None,
+            forward: true,
+            blackhole: false,
+            nft: false,
         };
         let mut reconciler = Reconciler::new(kernel, |left| Node::new(settings, left))?;
         let address = Addresses {
@@ -94,6 +99,7 @@ impl Site {
             mtu: 1500,
             local: address,
             public: address,
+            routes: Vec::new(),
         });
         node.holds(subnets, slot);
         reconciler.completed(Completeness::Complete);

@@ -91,21 +91,30 @@ def describe(frame):
     return f"{source} > {destination} protocol {protocol}, {len(frame)} bytes{marked}: {payload[:16].hex()}"
 
 
-def udp(source, destination, payload=MARKER, ports=(4000, 4000), macs=(b"\2\0\0\0\0\1", b"\xff" * 6)):
-    """An Ethernet frame with a UDP packet, IPv4 or IPv6 as the addresses are. macs: (source, destination)."""
+def udp(source, destination, payload=MARKER, ports=(4000, 4000), macs=(b"\2\0\0\0\0\1", b"\xff" * 6), **header):
+    """An Ethernet frame with a UDP packet, IPv4 or IPv6 as the addresses are. macs: (source, destination). header: see
+    `packet`."""
+    ethertype = b"\x86\xdd" if ":" in str(source) else b"\x08\x00"
+    return macs[1] + macs[0] + ethertype + packet(source, destination, payload, ports, **header)
+
+
+def packet(source, destination, payload=MARKER, ports=(4000, 4000), ttl=64, whole=False):
+    """An IP packet with a UDP datagram, its checksums right. whole: with IPv4's "don't fragment"."""
     source, destination = ipaddress.ip_address(source), ipaddress.ip_address(destination)
     length = 8 + len(payload)
     datagram = struct.pack("!HHHH", *ports, length, 0) + payload
     pseudo = source.packed + destination.packed + struct.pack("!II", length, UDP)
     datagram = datagram[:6] + struct.pack("!H", checksum(pseudo + datagram) or 0xFFFF) + datagram[8:]
-    if source.version == 4:
-        header = struct.pack("!BBHHHBBH", 0x45, 0, 20 + length, 1, 0, 64, UDP, 0) + source.packed + destination.packed
-        header = header[:10] + struct.pack("!H", checksum(header)) + header[12:]
-        ethertype = b"\x08\x00"
-    else:
-        header = struct.pack("!IHBB", 6 << 28, length, UDP, 64) + source.packed + destination.packed
-        ethertype = b"\x86\xdd"
-    return macs[1] + macs[0] + ethertype + header + datagram
+    if source.version == 6:
+        return struct.pack("!IHBB", 6 << 28, length, UDP, ttl) + source.packed + destination.packed + datagram
+    header = struct.pack("!BBHHHBBH", 0x45, 0, 20 + length, 1, 0x4000 * whole, ttl, UDP, 0) + source.packed + destination.packed
+    return header[:10] + struct.pack("!H", checksum(header)) + header[12:] + datagram
+
+
+def vxlan(vni, inner, flags=0x08):
+    """A VXLAN header (RFC 7348, section 5) before an Ethernet frame: eight flags, of which I says that the VNI counts, 24
+    reserved bits, 24 bits of VNI, 8 reserved bits."""
+    return struct.pack("!II", flags << 24, vni << 8) + inner
 
 
 def checksum(data):

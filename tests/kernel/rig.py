@@ -214,8 +214,8 @@ class Node(Place):
         return self.run(command, check=check, timeout=timeout)
 
     def status(self):
-        """What `ringmail status --json` says."""
-        return json.loads(self.ringmail("status", "--json"))
+        """What `ringmail status --json` says, whatever its exit code."""
+        return json.loads(self.ringmail("status", "--json", check=False).stdout)
 
     def peers(self, state):
         """The names of the peers that `status` shows in a state: up, moving, kept, waiting, refused."""
@@ -351,20 +351,20 @@ class Lab:
         """What every daemon of the lab is given."""
         return ["--lease-dir", self.lease_dir, "--psk-file", self.psk_file]
 
-    def start(self, *flags):
-        """A daemon on every node, waits until each is ready, and until each has every other up."""
+    def start(self, *flags, state="up"):
+        """A daemon on every node, waits until each is ready, and until each has every other in this state."""
         for node in self.nodes:
             node.start(*self.flags, *flags)
         for node in self.nodes:
             node.ready()
-        self.meshed()
+        self.meshed(state=state)
 
-    def meshed(self, nodes=None, timeout=20):
-        """Waits until each of the nodes (all) shows every other of them as up."""
+    def meshed(self, nodes=None, timeout=20, state="up"):
+        """Waits until each of the nodes (all) shows every other of them in this state."""
         nodes = nodes or self.nodes
         for node in nodes:
             others = {str(other) for other in nodes if other is not node}
-            eventually(f"{node} has {sorted(others)} up", lambda: others <= node.peers("up"), timeout)  # noqa: B023
+            eventually(f"{node} has {sorted(others)} {state}", lambda: others <= node.peers(state), timeout)  # noqa: B023
 
     def pods(self):
         """The pods of all nodes."""

@@ -136,8 +136,7 @@ COMMAND_LINES = [
     (["--iface-regex=(["], 64, ['--iface-regex is "(["']),
     (["--healthz-port=70000"], 64, ['--healthz-port is "70000"']),
     (["--node-name=a b"], 64, ['--node-name is "a b"', "1 to 253 printable"]),
-    (["--kube-subnet-mgr"], 64, ["--kube-subnet-mgr: kube store: not in this version; use --lease-dir DIR"]),
-    (["--etcd-endpoints=http://x:2379"], 64, ["etcd store: not in this version"]),
+    (["--kube-subnet-mgr"], 64, ["--kube-subnet-mgr: kube store: not in this version; use etcd, or --lease-dir DIR"]),
 ]
 
 
@@ -148,7 +147,7 @@ def test_a_wrong_command_line_ends_with_64(place):
 def test_a_wrong_variable_is_named_with_its_value(place):
     place.refused(64, "FLANNELD_IP_MASQ", '"perhaps"', env={"FLANNELD_IP_MASQ": "perhaps"})
     place.refused(64, "RINGMAIL_LOG", '"x=y=z"', env={"RINGMAIL_LOG": "x=y=z"})
-    place.refused(64, "no store: use --lease-dir DIR", lease_dir=None)
+    place.refused(64, '"x:2379" is no URL of etcd', arguments=["--etcd-endpoints=x:2379"], lease_dir=None)
 
 
 CONFIGURATIONS = [
@@ -172,7 +171,7 @@ CONFIGURATIONS = [
         '{"Network": "10.244.0.0/16", "Backend": {"Type": "vxlann"}}',
         ['unknown backend type: "vxlann"', 'did you mean "vxlan"?'],
     ),
-    ('{"Network": "10.244.0.0/16", "Backend": {"Type": "vxlan"}}', ['backend type "vxlan" is not in this version']),
+    ('{"Network": "10.244.0.0/16", "Backend": {"Type": "wireguard"}}', ['backend type "wireguard" is not in this version']),
     ('{"Network": "10.244.0.0/16", "Backend": {"UDPEncap": 1}}', ["UDPEncap", "true, false"]),
     ('{"Network": "10.244.0.0/16", "Backend": {"EncapPort": 0}}', ["EncapPort", "a port from 1 to 65535 is needed"]),
     (

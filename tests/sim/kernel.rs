@@ -8,7 +8,9 @@ use std::collections::{BTreeMap, BTreeSet};
 use std::net::IpAddr;
 use std::rc::Rc;
 
-use ringmail::kernel::{Counters, Datapath, Event, Key, Kind, Look, Object, Objects, Op, Refused, Write, WriteError};
+use ringmail::kernel::{
+    Counters, Datapath, Event, Key, Kind, Look, Object, Objects, Op, Refused, Route, Write, WriteError,
+};
 use xfrm::{KernelError, PolicyId, SaId};
 
 use super::packet::Scene;
@@ -266,12 +268,17 @@ impl Machine {
             Op::Make(key, object) | Op::Change(key, object) => {
                 match (key, object) {
                     (Key::Address(link, _), _) if !self.has_link(link) => return Err(refused(op, nix::libc::ENODEV)),
-                    (Key::Route(_), Object::Route { link, .. }) if !self.has_link(link) => {
+                    (Key::Route(_), Object::Route(Route { link, .. })) if !self.has_link(link) => {
                         return Err(refused(op, nix::libc::ENODEV));
                     }
-                    (Key::Route(_), Object::Route { link, source, .. })
-                        if !self.objects.contains_key(&Key::Address(link.clone(), *source)) =>
-                    {
+                    (
+                        Key::Route(_),
+                        Object::Route(Route {
+                            link,
+                            source: Some(source),
+                            ..
+                        }),
+                    ) if !self.objects.contains_key(&Key::Address(link.clone(), *source)) => {
                         return Err(refused(op, nix::libc::EINVAL));
                     }
                     (Key::Policy(id) | Key::Guard(_, id), _) => self.vacate(id),
@@ -296,8 +303,9 @@ impl Machine {
         }
     }
 
+    /// Whether there is a device of this name: of ours, or the uplink.
     fn has_link(&self, link: &str) -> bool {
-        self.objects.contains_key(&Key::Link(link.into()))
+        link == "eth0" || self.objects.contains_key(&Key::Link(link.into()))
     }
 
     /// The kernel tells policies apart by direction and selector alone: a new one takes the place of the old.
@@ -326,13 +334,13 @@ impl Machine {
             Key::Link(link) => {
                 let with = |key: &Key, object: &Object| match (key, object) {
                     (Key::Address(on, _), _) => on == link,
-                    (Key::Route(_), Object::Route { link: on, .. }) => on == link,
+                    (Key::Route(_), Object::Route(Route { link: on, .. })) => on == link,
                     _ => false,
                 };
                 gone.extend(self.objects.iter().filter(|(k, o)| with(k, o)).map(|(k, _)| k.clone()));
             }
             Key::Address(_, address) => {
-                let from = |object: &Object| matches!(object, Object::Route { source, .. } if source == address);
+                let from = |object: &Object| matches!(object, Object::Route(route) if route.source == Some(*address));
                 gone.extend(self.objects.iter().filter(|(_, o)| from(o)).map(|(k, _)| k.clone()));
             }
             _ => {}

@@ -66,6 +66,7 @@ pub(crate) fn uplink(families: Families, last: u8) -> Uplink {
         mtu: 1500,
         local: addresses,
         public: addresses,
+        routes: Vec::new(),
     }
 }
 
@@ -129,5 +130,10 @@ pub(crate) fn settings(node: &str, network: Network) -> Settings {
         random_fully: true,
         directed: false,
         advertisements: true,
+        plain: None,
+        prepared: None,
+        forward: true,
+        blackhole: false,
+        nft: false,
     }
 }

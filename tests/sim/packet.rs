@@ -112,7 +112,7 @@ impl Scene {
                 (_, Object::Policy(policy)) => scene.policies[policy.id.direction as usize].push((**policy).clone()),
                 (_, Object::Sa { sa, .. }) => scene.sas.push((**sa).clone()),
                 (Key::GuardRoute(net), Object::Unreachable) => scene.unreachable.push(*net),
-                (Key::Route(net), Object::Route { .. }) => scene.routes.push(*net),
+                (Key::Route(net), Object::Route(_)) => scene.routes.push(*net),
                 (Key::Address(_, address), _) => scene.addresses.push(*address),
                 _ => {}
             }

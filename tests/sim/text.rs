@@ -4,8 +4,10 @@ use std::collections::BTreeMap;
 
 use ipnet::IpNet;
 use keys::Spi;
-use ringmail::kernel::firewall::{Rule, Source, Way};
-use ringmail::kernel::{Key, Object, Objects, Op, priority, reqid_slot};
+use ringmail::kernel::device::{Device, DeviceKind};
+use ringmail::kernel::firewall::open::{End, Match};
+use ringmail::kernel::firewall::{Form, OpenRule, Rule, Source, Way};
+use ringmail::kernel::{Key, Object, Objects, Op, Route, priority, reqid_slot};
 use xfrm::{Action, Policy, Sa};
 
 /// One line for each object, more for the firewall.
@@ -42,7 +44,11 @@ fn line(key: &Key, object: &Object) -> String {
     match (key, object) {
         (Key::Sysctl(path), Object::Sysctl(value)) => format!("sysctl {path} = {value}"),
         (Key::Firewall, Object::Firewall(firewall)) => {
-            let mut text = format!("firewall on {}", firewall.uplink);
+            let mut text = match firewall.form {
+                Form::Sealed => format!("firewall on {}", firewall.uplink),
+                Form::Open { nft: true, .. } => "rules of nf_tables".into(),
+                Form::Open { nft: false, .. } => "rules of iptables".into(),
+            };
             for rule in firewall.rules() {
                 text.push_str(&format!("\n         {}", self::rule(&rule)));
             }
@@ -50,9 +56,12 @@ fn line(key: &Key, object: &Object) -> String {
         }
         (Key::GuardRoute(net), Object::Unreachable) => format!("route unreachable {net}"),
         (Key::Guard(..) | Key::Policy(_), Object::Policy(policy)) => self::policy(policy),
-        (Key::Link(name), Object::Link { mtu, up }) => {
-            format!("link {name} type dummy mtu {mtu} {}", if *up { "up" } else { "down" })
+        (Key::GuardRoute(net), Object::Blackhole) => format!("route blackhole {net}"),
+        (Key::Link(name), Object::Link(device)) => link(name, device),
+        (Key::Neighbour(link, address), Object::Neighbour(mac)) => {
+            format!("neighbour {address} lladdr {mac} dev {link}")
         }
+        (Key::Fdb(link, mac), Object::Fdb(remote)) => format!("fdb {mac} dst {remote} dev {link}"),
         (Key::Address(link, address), Object::Address) => format!("address {} dev {link}", IpNet::from(*address)),
         (Key::HashThreshold(family), Object::HashThreshold { remote }) => {
             format!("policy hash threshold {family:?} local 0 remote {remote}")
@@ -64,16 +73,60 @@ fn line(key: &Key, object: &Object) -> String {
             );
             format!("{} {born}", state(sa))
         }
-        (Key::Route(net), Object::Route { link, source, mtu }) => {
-            let mtu = mtu.map(|mtu| format!(" mtu {mtu}")).unwrap_or_default();
-            format!("route {net} dev {link} src {source}{mtu}")
-        }
+        (Key::Route(net), Object::Route(route)) => format!("route {net}{}", self::route(route)),
         (key, object) => panic!("{key} holds {object:?}"),
     }
 }
 
+fn link(name: &str, Device { kind, mtu, up }: &Device) -> String {
+    let kind = match kind {
+        DeviceKind::Sink => "dummy".into(),
+        DeviceKind::Vxlan(vxlan) => format!(
+            "vxlan id {} local {} dev if{} dstport {} address {}{}{}",
+            vxlan.vni,
+            vxlan.local,
+            vxlan.parent,
+            vxlan.port,
+            vxlan.mac,
+            if vxlan.learning { " learning" } else { " nolearning" },
+            if vxlan.gbp { " gbp" } else { "" },
+        ),
+        DeviceKind::Ipip { local } => format!("ipip local {local} remote any"),
+        DeviceKind::Tun => "tun".into(),
+    };
+    format!("link {name} type {kind} mtu {mtu} {}", if *up { "up" } else { "down" })
+}
+
+fn route(Route { link, via, source, mtu }: &Route) -> String {
+    let mut text = String::new();
+    text.extend(via.map(|via| format!(" via {}", via.gateway)));
+    text.push_str(&format!(" dev {link}"));
+    text.push_str(if via.is_some_and(|via| via.onlink) {
+        " onlink"
+    } else {
+        ""
+    });
+    text.extend(source.map(|source| format!(" src {source}")));
+    text.extend(mtu.map(|mtu| format!(" mtu {mtu}")));
+    text
+}
+
+fn open_rule(rule: &OpenRule) -> String {
+    let family = if rule.v6 { "IPv6" } else { "IPv4" };
+    let side = |name, end: Option<End>| {
+        let text = |end: End| format!(" {name} {}{}", if end.inside { "" } else { "not " }, end.net);
+        end.map(text).unwrap_or_default()
+    };
+    let what = match rule.what {
+        Match::Marked => " marked by kube-proxy".into(),
+        Match::Ends(from, to) => side("from", from) + &side("to", to),
+    };
+    format!("{family}{what}: {:?}", rule.act)
+}
+
 fn rule(rule: &Rule) -> String {
     match rule {
+        Rule::Open(rule) => open_rule(rule),
         Rule::Refuse(Way::Arriving, net) => format!("arriving: from {net}, not ESP: drop"),
         Rule::Refuse(Way::Leaving, net) => format!("leaving: to {net}, not for ESP: drop"),
         Rule::Translate { from, to, source } => {

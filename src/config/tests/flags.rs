@@ -6,6 +6,7 @@ use std::os::unix::ffi::OsStringExt as _;
 use proptest::prelude::*;
 
 use crate::config::*;
+use crate::lease::NodeName;
 use crate::uplink::Iface;
 
 fn environment(variables: &[(&str, &str)]) -> Environment {
@@ -56,7 +57,7 @@ fn defaults_are_flanneds() {
     assert!(!flags.ip_masq && !flags.kube_subnet_mgr && !flags.ip_blackhole_route && !flags.version);
     assert_eq!((flags.v, flags.run_dir.to_str()), (0, Some("/run/ringmail")));
     assert_eq!(flags.node_name.as_str(), "host-a");
-    assert_eq!(flags.store(), Ok(Store::Dir("/leases".into())));
+    assert!(matches!(flags.store(), Ok(Store::Dir(folder)) if folder.to_str() == Some("/leases")));
     assert!(flags.warnings().is_empty());
 }
 
@@ -263,24 +264,35 @@ const GOLDEN: &[Wrong] = &[
         "--node-name (from NODE_NAME) is \"a/b\": 1 to 253 printable ASCII characters without space or slash are needed",
     ),
     (
-        &["--kube-subnet-mgr"],
+        &["--kube-subnet-mgr", "--kube-annotation-prefix=org"],
         &[],
-        "--kube-subnet-mgr: kube store: not in this version; use --lease-dir DIR",
+        "--kube-annotation-prefix is \"org\": subnet/kube: prefix must be in a format: fqdn/[0-9a-z-_]*",
     ),
     (
         &[DIR, "--kube-subnet-mgr"],
         &[],
-        "--kube-subnet-mgr: kube store: not in this version; use --lease-dir DIR",
+        "--kube-subnet-mgr and --lease-dir name two stores: leave one of them out",
     ),
     (
-        &[DIR, "--etcd-prefix=/x"],
+        &["--etcd-endpoints=127.0.0.1:2379"],
         &[],
-        "--etcd-prefix: etcd store: not in this version; use --lease-dir DIR",
+        "--etcd-endpoints: \"127.0.0.1:2379\" is no URL of etcd: URLs such as \
+         http://192.0.2.1:2379,http://192.0.2.2:2379 are needed",
     ),
     (
+        &["--etcd-certfile=/c"],
         &[],
+        "--etcd-certfile needs --etcd-keyfile beside it",
+    ),
+    (
+        &["--etcd-cafile=/ca", "--etcd-endpoints=http://a:1"],
         &[],
-        "no store: use --lease-dir DIR (flannel's default, the etcd store, is not in this version)",
+        "--etcd-endpoints http://a:1: the files for TLS are given, so https:// is needed",
+    ),
+    (
+        &["--etcd-username=u"],
+        &[],
+        "--etcd-username needs a password: the variable FLANNELD_ETCD_PASSWORD, or --etcd-password",
     ),
 ];
 
@@ -340,7 +352,7 @@ fn what_has_no_effect_is_warned_of_only_where_it_was_given() {
         "--vmodule=x=1",
     ]);
     let warnings = flags.warnings();
-    assert_eq!(warnings.len(), 4, "{warnings:?}");
+    assert_eq!(warnings.len(), 3, "{warnings:?}");
     assert_eq!(
         run(&[DIR, "--iptables-resync=7", "--iptables-forward-rules"]).warnings(),
         Vec::<String>::new()
@@ -356,9 +368,46 @@ fn what_has_no_effect_is_warned_of_only_where_it_was_given() {
 }
 
 #[test]
+fn on_kubernetes_the_node_is_named_by_flag_variable_pod_or_host() {
+    use crate::store::kube::Own;
+
+    let pod = [("POD_NAMESPACE", "kube-flannel"), ("POD_NAME", "ds-x")];
+    let named = |name: &str| Own::Named(NodeName::new(name).unwrap());
+    let of_pod = Own::OfPod {
+        namespace: "kube-flannel".into(),
+        name: "ds-x".into(),
+    };
+    for (flag, variables, own) in [
+        ("", &pod[..], of_pod),
+        ("", &pod[..1], named("host-a")),
+        ("--node-name=n", &pod, named("n")),
+        ("", &[pod[0], pod[1], ("NODE_NAME", "m")], named("m")),
+    ] {
+        let arguments = [
+            "--kube-subnet-mgr",
+            "-kubeconfig-file",
+            "/k",
+            "--kube-annotation-prefix=org.com",
+            flag,
+        ];
+        let given = if flag.is_empty() { &arguments[..4] } else { &arguments };
+        let flags = run_with(given, variables);
+        assert!(flags.warnings().is_empty(), "{:?}", flags.warnings());
+        let Ok(Store::Kube(access)) = flags.store() else {
+            panic!("{:?}", flags.store())
+        };
+        assert_eq!(access.own, own);
+        assert_eq!(
+            (access.keys.prefix(), access.to_string()),
+            ("org.com/", "/k".to_owned())
+        );
+    }
+}
+
+#[test]
 fn a_password_is_never_shown() {
     let password = "geheim-0815";
-    let error = parse(&[DIR, "--etcd-password", password], &[]).unwrap_err();
+    let error = parse(&["--etcd-password", password], &[]).unwrap_err();
     assert!(!format!("{error} {error:?}").contains(password));
     let hidden =
         <Flags as clap::Parser>::try_parse_from(["x", "--node-name=n", "--etcd-password=geheim-0815"]).unwrap();

@@ -6,6 +6,8 @@ use std::time::Duration;
 use super::lab::{Net, seen, seen_and_answered};
 use super::*;
 
+mod plain;
+
 /// How long a packet that must not come is waited for.
 const SILENCE: Duration = Duration::from_millis(200);
 
@@ -13,6 +15,7 @@ pub(crate) fn dual_stack() -> Firewall {
     let net = |text: &str| text.parse::<IpNet>().expect("a network");
     let own: Subnets = [net("10.244.1.0/24"), net("fd00:244:0:1::/64")].into_iter().collect();
     Firewall {
+        form: Form::Sealed,
         networks: vec![net("10.244.0.0/16"), net("fd00:244::/48")],
         own,
         bases: own.bases(),

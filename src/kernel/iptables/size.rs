@@ -1,7 +1,7 @@
 //! How large a table is: the cheapest sign that another hand has changed it, since the kernel sends none.
 //!
 //! One getsockopt a table, no process, no lock. Asked only of tables that /proc names already: asking for another would
-//! load it. The nft variants of the programs keep their rules elsewhere, and then no table is named.
+//! load it. The nft variants of the programs keep their rules in nf_tables, whose generation tells the same.
 
 use std::collections::BTreeMap;
 use std::fs;
@@ -11,7 +11,7 @@ use nix::errno::Errno;
 use nix::libc;
 use nix::sys::socket::{AddressFamily, SockFlag, SockProtocol, SockType, socket};
 
-use super::{Family, Table};
+use super::{Chain, Family};
 
 /// `IPT_SO_GET_INFO` and `IP6T_SO_GET_INFO` (linux/netfilter_ipv4/ip_tables.h, netfilter_ipv6/ip6_tables.h).
 const GET_INFO: libc::c_int = 64;
@@ -24,14 +24,14 @@ const SIZE: usize = 76;
 pub(super) type Size = [u8; INFO - SIZE];
 
 /// The sizes of those of `tables` that the kernel holds in the calling thread's network namespace.
-pub(super) fn sizes(tables: impl Iterator<Item = (Family, Table)>) -> BTreeMap<(Family, Table), Size> {
+pub(super) fn sizes(tables: impl Iterator<Item = (Family, Chain)>) -> BTreeMap<(Family, Chain), Size> {
     let mut sockets: BTreeMap<Family, Option<(OwnedFd, String)>> = BTreeMap::new();
     let mut sizes = BTreeMap::new();
     for (family, table) in tables {
         let Some((socket, names)) = sockets.entry(family).or_insert_with(|| open(family)) else {
             continue;
         };
-        if names.lines().any(|name| name == table.name()) {
+        if names.lines().any(|name| name == table.table()) {
             sizes.extend(size(socket, family, table).ok().map(|size| ((family, table), size)));
         }
     }
@@ -49,13 +49,13 @@ fn open(family: Family) -> Option<(OwnedFd, String)> {
     Some((socket, names))
 }
 
-fn size(socket: &OwnedFd, family: Family, table: Table) -> Result<Size, Errno> {
+fn size(socket: &OwnedFd, family: Family, table: Chain) -> Result<Size, Errno> {
     let level = match family {
         Family::V4 => libc::IPPROTO_IP,
         Family::V6 => libc::IPPROTO_IPV6,
     };
     let mut info = [0u8; INFO];
-    info[..table.name().len()].copy_from_slice(table.name().as_bytes());
+    info[..table.table().len()].copy_from_slice(table.table().as_bytes());
     let mut length = INFO as libc::socklen_t;
     // SAFETY: the descriptor is open; `info` and `length` live across the call, and `length` is the size of `info`.
     let result = unsafe {

@@ -4,24 +4,42 @@
 
 use std::fmt::Write as _;
 
-use crate::kernel::firewall::{Rule, Source, Tally, Way};
+use crate::kernel::firewall::open::{Act, End, MARK, Match};
+use crate::kernel::firewall::{Firewall, Form, Rule, Source, Tally, Way};
 
-/// A table that we have a chain in.
+/// A chain of ours, and the table that it is in.
 #[derive(Clone, Copy, Debug, Eq, Ord, PartialEq, PartialOrd)]
-pub(super) enum Table {
-    /// Before conntrack.
+pub(super) enum Chain {
+    /// In `raw`, before conntrack.
     Raw,
-    /// In POSTROUTING before source translation; the destination is final there.
+    /// In `mangle`, in POSTROUTING before source translation; the destination is final there.
     Mangle,
-    /// Source translation.
+    /// In `nat`: source translation.
     Nat,
+    /// In `nat`: flannel's masquerade.
+    Masquerade,
+    /// In `filter`: flannel's accept rules.
+    Forward,
 }
 
-impl Table {
+impl Chain {
     /// In the order of writing: the guard first.
-    pub(super) const ALL: [Self; 3] = [Self::Raw, Self::Mangle, Self::Nat];
+    pub(super) const ALL: [Self; 5] = [Self::Raw, Self::Mangle, Self::Nat, Self::Masquerade, Self::Forward];
 
-    /// The table that guards this way.
+    /// One in each table without which a mesh has no guard and no translation.
+    pub(super) const NEEDED: [Self; 3] = [Self::Raw, Self::Mangle, Self::Nat];
+
+    /// Whether a filter of this form has the chain.
+    pub(super) fn is_of(self, firewall: &Firewall) -> bool {
+        match (firewall.form, self) {
+            (Form::Sealed, Self::Raw | Self::Mangle | Self::Nat) => true,
+            (Form::Open { .. }, Self::Masquerade) => firewall.masquerade,
+            (Form::Open { forward, .. }, Self::Forward) => forward,
+            _ => false,
+        }
+    }
+
+    /// The chain that guards this way.
     pub(super) fn of(way: Way) -> Self {
         match way {
             Way::Arriving => Self::Raw,
@@ -29,39 +47,57 @@ impl Table {
         }
     }
 
-    /// The way that this table guards.
+    /// The way that this chain guards.
     pub(super) fn way(self) -> Option<Way> {
         Way::ALL.into_iter().find(|way| Self::of(*way) == self)
+    }
+
+    /// The name of its table.
+    pub(super) fn table(self) -> &'static str {
+        match self {
+            Self::Raw => "raw",
+            Self::Mangle => "mangle",
+            Self::Nat | Self::Masquerade => "nat",
+            Self::Forward => "filter",
+        }
     }
 
     /// Its name.
     pub(super) fn name(self) -> &'static str {
         match self {
-            Self::Raw => "raw",
-            Self::Mangle => "mangle",
-            Self::Nat => "nat",
-        }
-    }
-
-    /// Our chain in it.
-    pub(super) fn chain(self) -> &'static str {
-        match self {
             Self::Raw => "RINGMAIL-PREROUTING",
             Self::Mangle => "RINGMAIL-GUARD",
             Self::Nat => "RINGMAIL-POSTROUTING",
+            Self::Masquerade => "FLANNEL-POSTRTG",
+            Self::Forward => "FLANNEL-FWD",
         }
     }
 
-    /// The built-in chain that jumps to ours.
+    /// The built-in chain that jumps to it.
     fn hook(self) -> &'static str {
         match self {
             Self::Raw => "PREROUTING",
-            Self::Mangle | Self::Nat => "POSTROUTING",
+            Self::Mangle | Self::Nat | Self::Masquerade => "POSTROUTING",
+            Self::Forward => "FORWARD",
+        }
+    }
+
+    /// Whether the jump must stand first. flannel's are appended: what a host's own firewall or kube-proxy decides before
+    /// goes before, and that is where flannel's users look for them.
+    fn goes_first(self) -> bool {
+        !matches!(self, Self::Masquerade | Self::Forward)
+    }
+
+    fn comment(self) -> &'static str {
+        match self {
+            Self::Raw | Self::Mangle | Self::Nat => "ringmail",
+            Self::Masquerade => "\"flanneld masq\"",
+            Self::Forward => "\"flanneld forward\"",
         }
     }
 
     fn jump(self) -> String {
-        format!("-m comment --comment ringmail -j {}", self.chain())
+        format!("-m comment --comment {} -j {}", self.comment(), self.name())
     }
 }
 
@@ -75,21 +111,23 @@ pub(super) struct Shown {
     /// What its drop rules have counted.
     pub(super) dropped: Tally,
     /// Every jump to our chain in the built-in one: its place, from 0, and the rule.
-    jumps: Vec<(usize, String)>,
+    found: Vec<(usize, String)>,
     wanted_jump: String,
+    first: bool,
 }
 
 impl Shown {
     /// Reads the output of `iptables-save --counters -t TABLE`.
-    pub(super) fn parse(table: Table, output: &str) -> Self {
+    pub(super) fn parse(chain: Chain, output: &str) -> Self {
         let mut shown = Self {
-            wanted_jump: table.jump(),
+            wanted_jump: chain.jump(),
+            first: chain.goes_first(),
             ..Self::default()
         };
-        let own = format!("-A {} ", table.chain());
-        let hook = format!("-A {} ", table.hook());
-        let declared = format!(":{} ", table.chain());
-        let jump = format!("-j {}", table.chain());
+        let own = format!("-A {} ", chain.name());
+        let hook = format!("-A {} ", chain.hook());
+        let declared = format!(":{} ", chain.name());
+        let jump = format!("-j {}", chain.name());
         let mut place = 0;
         for line in output.lines() {
             let (tally, rule) = tally_and_rule(line);
@@ -103,7 +141,7 @@ impl Shown {
                 shown.rules.push(rule.to_owned());
             } else if let Some(rule) = rule.strip_prefix(&hook) {
                 if rule.ends_with(&jump) {
-                    shown.jumps.push((place, rule.to_owned()));
+                    shown.found.push((place, rule.to_owned()));
                 }
                 place += 1;
             }
@@ -111,10 +149,18 @@ impl Shown {
         shown
     }
 
-    /// There is just one jump to our chain, and it stands first.
-    pub(super) fn jumps_first(&self) -> bool {
-        matches!(&self.jumps[..], [(0, jump)] if *jump == self.wanted_jump)
+    /// There is just one jump to our chain, and it stands where it should.
+    pub(super) fn jumps(&self) -> bool {
+        matches!(&self.found[..], [(place, jump)] if *jump == self.wanted_jump && (!self.first || *place == 0))
     }
+}
+
+/// The part of the output of `iptables-save` that is about the chain's table; nothing where there is no such table.
+pub(super) fn part(chain: Chain, output: &str) -> String {
+    let begin = format!("*{}", chain.table());
+    let lines = output.lines().skip_while(|line| *line != begin);
+    let lines: Vec<&str> = lines.take_while(|line| *line != "COMMIT").collect();
+    lines.join("\n")
 }
 
 /// `[12:340] -A CHAIN …` → the numbers and the rest.
@@ -134,18 +180,20 @@ fn tally_and_rule(line: &str) -> (Tally, &str) {
 }
 
 /// The rules of our chain in `table`, without `-A CHAIN`.
-pub(super) fn rules(table: Table, rules: &[Rule], uplink: &str) -> Vec<String> {
+pub(super) fn rules(chain: Chain, rules: &[Rule], uplink: &str) -> Vec<String> {
     rules
         .iter()
-        .filter(|rule| table_of(rule) == table)
+        .filter(|rule| chain_of(rule) == chain)
         .map(|rule| spelled(rule, uplink))
         .collect()
 }
 
-fn table_of(rule: &Rule) -> Table {
+fn chain_of(rule: &Rule) -> Chain {
     match rule {
-        Rule::Refuse(way, _) => Table::of(*way),
-        Rule::Translate { .. } => Table::Nat,
+        Rule::Refuse(way, _) => Chain::of(*way),
+        Rule::Translate { .. } => Chain::Nat,
+        Rule::Open(rule) if rule.act.forwards() => Chain::Forward,
+        Rule::Open(_) => Chain::Masquerade,
     }
 }
 
@@ -169,25 +217,56 @@ fn spelled(rule: &Rule, uplink: &str) -> String {
             };
             format!("{from}{to}{COMMENT} -j {target}")
         }
+        Rule::Open(open) => {
+            let side = |flag, end: Option<End>| {
+                let not = |end: &End| if end.inside { "" } else { "! " };
+                end.map(|end| format!("{}{flag} {} ", not(&end), end.net))
+                    .unwrap_or_default()
+            };
+            let what = match open.what {
+                Match::Marked => format!("-m mark --mark {MARK:#x}/{MARK:#x} "),
+                Match::Ends(from, to) => side("-s", from) + &side("-d", to),
+            };
+            let target = match open.act {
+                Act::Keep => "RETURN",
+                Act::Masquerade { random_fully: true } => "MASQUERADE --random-fully",
+                Act::Masquerade { random_fully: false } => "MASQUERADE",
+                Act::Accept => "ACCEPT",
+            };
+            format!("{what}-m comment --comment {} -j {target}", chain_of(rule).comment())
+        }
     }
 }
 
 /// Input of `iptables-restore --noflush` that changes nothing and works only if the kernel can change `table`.
-pub(super) fn question(table: Table) -> String {
+pub(super) fn question(chain: Chain) -> String {
     format!(
         "*{}\n:RINGMAIL-QUESTION - [0:0]\n-X RINGMAIL-QUESTION\nCOMMIT\n",
-        table.name()
+        chain.table()
     )
 }
 
-/// Input of `iptables-restore --noflush --counters` that makes our chain hold `rules` and puts one jump to it first.
+/// The same, and only where `--random-fully` is known.
+pub(super) fn random_fully_question() -> String {
+    "*nat\n:RINGMAIL-QUESTION - [0:0]\n-A RINGMAIL-QUESTION -j MASQUERADE --random-fully\n\
+     -F RINGMAIL-QUESTION\n-X RINGMAIL-QUESTION\nCOMMIT\n"
+        .into()
+}
+
+/// Input of `iptables-restore --noflush --counters` that makes our chain hold `rules` and puts one jump to it first, or
+/// last where it need not be first. What others append behind it later stays behind it.
 /// Declaring a chain empties it, in the same commit. The first drop rule begins at what has been counted so far.
-pub(super) fn replacement(table: Table, rules: &[String], shown: &Shown) -> String {
-    let (chain, hook) = (table.chain(), table.hook());
-    let mut script = format!("*{}\n:{chain} - [0:0]\n", table.name());
-    if !shown.jumps_first() {
-        remove_jumps(&mut script, table, shown);
-        line(&mut script, format_args!("-I {hook} 1 {}", table.jump()));
+pub(super) fn replacement(chain: Chain, rules: &[String], shown: &Shown) -> String {
+    let (name, hook) = (chain.name(), chain.hook());
+    let mut script = format!("*{}\n:{name} - [0:0]\n", chain.table());
+    if !shown.jumps() {
+        remove_jumps(&mut script, chain, shown);
+        let place = if chain.goes_first() {
+            format!("-I {hook} 1")
+        } else {
+            format!("-A {hook}")
+        };
+        line(&mut script, format_args!("{place} {}", chain.jump()));
     }
     let mut counted = shown.dropped;
     for rule in rules {
@@ -198,7 +277,7 @@ pub(super) fn replacement(table: Table, rules: &[String], shown: &Shown) -> Stri
         };
         line(
             &mut script,
-            format_args!("[{}:{}] -A {chain} {rule}", begin.packets, begin.bytes),
+            format_args!("[{}:{}] -A {name} {rule}", begin.packets, begin.bytes),
         );
     }
     script.push_str("COMMIT\n");
@@ -206,22 +285,22 @@ pub(super) fn replacement(table: Table, rules: &[String], shown: &Shown) -> Stri
 }
 
 /// Input of `iptables-restore --noflush` that removes our chain and the jumps to it; `None` where there is nothing.
-pub(super) fn removal(table: Table, shown: &Shown) -> Option<String> {
+pub(super) fn removal(chain: Chain, shown: &Shown) -> Option<String> {
     if !shown.there {
         return None;
     }
-    let chain = table.chain();
-    let mut script = format!("*{}\n", table.name());
-    remove_jumps(&mut script, table, shown);
-    line(&mut script, format_args!("-F {chain}"));
-    line(&mut script, format_args!("-X {chain}"));
+    let name = chain.name();
+    let mut script = format!("*{}\n", chain.table());
+    remove_jumps(&mut script, chain, shown);
+    line(&mut script, format_args!("-F {name}"));
+    line(&mut script, format_args!("-X {name}"));
     script.push_str("COMMIT\n");
     Some(script)
 }
 
-fn remove_jumps(script: &mut String, table: Table, shown: &Shown) {
-    for (_, jump) in &shown.jumps {
-        line(script, format_args!("-D {} {jump}", table.hook()));
+fn remove_jumps(script: &mut String, chain: Chain, shown: &Shown) {
+    for (_, jump) in &shown.found {
+        line(script, format_args!("-D {} {jump}", chain.hook()));
     }
 }
 
@@ -235,10 +314,10 @@ mod tests {
     use super::*;
     use crate::kernel::firewall::tests::dual_stack;
 
-    fn script(shown: &[(Table, &str)]) -> String {
+    fn script(shown: &[(Chain, &str)]) -> String {
         let firewall = dual_stack();
         let v4: Vec<Rule> = firewall.rules().into_iter().filter(|rule| !rule.is_v6()).collect();
-        let tables = Table::ALL.map(|table| {
+        let tables = Chain::NEEDED.map(|table| {
             let saved = shown.iter().find(|(t, _)| *t == table).map_or("", |(_, saved)| saved);
             replacement(table, &rules(table, &v4, &firewall.uplink), &Shown::parse(table, saved))
         });
@@ -284,7 +363,7 @@ COMMIT
 [7:588] -A RINGMAIL-PREROUTING -s 10.244.0.0/16 -i old -m policy --dir in --pol none -m comment --comment ringmail -j DROP
 COMMIT
 ";
-        let script = script(&[(Table::Raw, saved)]);
+        let script = script(&[(Chain::Raw, saved)]);
         assert!(
             script.contains("\n[7:588] -A RINGMAIL-PREROUTING -s 10.244.0.0/16 -i wan "),
             "{script}"
@@ -300,8 +379,8 @@ COMMIT
 [0:0] -A POSTROUTING -m comment --comment ringmail -j RINGMAIL-POSTROUTING
 [0:0] -A POSTROUTING -s 10.0.0.0/8 -j RINGMAIL-POSTROUTING
 ";
-        let shown = Shown::parse(Table::Nat, saved);
-        assert!(!shown.jumps_first());
+        let shown = Shown::parse(Chain::Nat, saved);
+        assert!(!shown.jumps());
         let expected = "\
 *nat
 :RINGMAIL-POSTROUTING - [0:0]
@@ -310,9 +389,9 @@ COMMIT
 -I POSTROUTING 1 -m comment --comment ringmail -j RINGMAIL-POSTROUTING
 COMMIT
 ";
-        assert_eq!(replacement(Table::Nat, &[], &shown), expected);
+        assert_eq!(replacement(Chain::Nat, &[], &shown), expected);
         assert_eq!(
-            removal(Table::Nat, &shown).as_deref(),
+            removal(Chain::Nat, &shown).as_deref(),
             Some(
                 "\
 *nat
@@ -326,12 +405,59 @@ COMMIT
         );
     }
 
+    /// What `iptables -S` shows of ours, POSTROUTING's and FORWARD's jumps first.
+    fn listed(firewall: &Firewall, v6: bool) -> String {
+        let of_family: Vec<Rule> = firewall.rules().into_iter().filter(|rule| rule.is_v6() == v6).collect();
+        let mut text = String::new();
+        for chain in Chain::ALL.into_iter().filter(|chain| chain.is_of(firewall)) {
+            line(&mut text, format_args!("-A {} {}", chain.hook(), chain.jump()));
+            line(&mut text, format_args!("-N {}", chain.name()));
+            for rule in rules(chain, &of_family, "") {
+                line(&mut text, format_args!("-A {} {rule}", chain.name()));
+            }
+        }
+        text
+    }
+
+    #[test]
+    fn rules_of_an_unencrypted_mesh_are_flannels_word_for_word() {
+        for (v6, golden) in [
+            (false, include_str!("golden.flannel")),
+            (true, include_str!("golden.flannel6")),
+        ] {
+            let (masq, fwd) = golden.split_at(golden.find("-A FORWARD").expect("both parts"));
+            let text = |masquerade, random_fully, forward| {
+                let Firewall { networks, own, .. } = dual_stack();
+                listed(&Firewall::plain(networks, own, masquerade, random_fully, forward), v6)
+            };
+            assert_eq!(text(true, true, true), golden);
+            assert_eq!(text(true, false, true), golden.replace(" --random-fully", ""));
+            assert_eq!(text(true, true, false), masq);
+            assert_eq!(text(false, true, true), fwd);
+            assert_eq!(text(false, false, false), "");
+        }
+    }
+
+    #[test]
+    fn flannels_jump_is_appended_once_and_stays_where_others_append_behind_it() {
+        let shown = Shown::parse(Chain::Forward, "[0:0] -A FORWARD -j KUBE-FORWARD\n");
+        assert_eq!(
+            replacement(Chain::Forward, &[], &shown),
+            "*filter\n:FLANNEL-FWD - [0:0]\n-A FORWARD -m comment --comment \"flanneld forward\" -j FLANNEL-FWD\nCOMMIT\n"
+        );
+        let jump = "[0:0] -A FORWARD -m comment --comment \"flanneld forward\" -j FLANNEL-FWD\n";
+        let shown = |saved: &str| Shown::parse(Chain::Forward, saved);
+        assert!(shown(&format!("[0:0] -A FORWARD -j A\n{jump}[0:0] -A FORWARD -j B\n")).jumps());
+        assert!(!shown(&format!("{jump}{jump}")).jumps(), "twice");
+        assert!(!shown("[0:0] -A FORWARD -j FLANNEL-FWD\n").jumps(), "another jump");
+    }
+
     #[test]
     fn where_our_chain_is_absent_there_is_nothing_to_remove() {
         let shown = Shown::parse(
-            Table::Nat,
+            Chain::Nat,
             "*nat\n:POSTROUTING ACCEPT [0:0]\n[0:0] -A POSTROUTING -j OTHER\nCOMMIT\n",
         );
-        assert_eq!(removal(Table::Nat, &shown), None);
+        assert_eq!(removal(Chain::Nat, &shown), None);
     }
 }

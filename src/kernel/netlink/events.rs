@@ -9,7 +9,7 @@
 
 use std::cell::RefCell;
 use std::future::poll_fn;
-use std::net::{IpAddr, SocketAddr};
+use std::net::SocketAddr;
 use std::os::fd::{AsFd, AsRawFd};
 use std::rc::Rc;
 use std::task::{Context, Poll};
@@ -23,12 +23,14 @@ use xfrm::{Error, MessageRef, Monitor, Notification, PolicyId, Protocol, SaId};
 use super::ipsec::{policy_key, sa_key};
 use super::link::{self, Known, is_ours};
 use super::message::{Address, Link, NLM_F_REPLACE, Route};
-use super::{LINK, echo, route};
+use super::neighbour::Entry;
+use super::{echo, route};
 use crate::kernel::firewall::{self, Manager};
 use crate::kernel::{Event, Guard, Key, Kind, Object, reqid_slot};
 
-const ROUTE_GROUPS: [u32; 5] = [
+const ROUTE_GROUPS: [u32; 6] = [
     libc::RTNLGRP_LINK,
+    libc::RTNLGRP_NEIGH,
     libc::RTNLGRP_IPV4_IFADDR,
     libc::RTNLGRP_IPV4_ROUTE,
     libc::RTNLGRP_IPV6_IFADDR,
@@ -106,7 +108,7 @@ impl Events {
 
     /// All that has happened so far, without waiting.
     pub fn ready(&mut self) -> Vec<Event> {
-        let mut events = Vec::new();
+        let mut events = std::mem::take(&mut self.eyes.known.borrow_mut().pending);
         let Self {
             xfrm,
             route,
@@ -237,7 +239,12 @@ impl Eyes {
         match message.kind {
             libc::RTM_NEWROUTE | libc::RTM_DELROUTE if message.port != self.route_port => {
                 if let Some(route) = Route::parse(message) {
-                    route_changed(&route, message, events);
+                    self.route_changed(&route, message, events);
+                }
+            }
+            libc::RTM_NEWNEIGH | libc::RTM_DELNEIGH => {
+                if let Some(entry) = Entry::parse(message) {
+                    self.entry(&entry, message, events);
                 }
             }
             libc::RTM_NEWLINK => {
@@ -261,90 +268,112 @@ impl Eyes {
 
     fn link_is(&self, link: Link, events: &mut Vec<Event>) {
         let mut known = self.known.borrow_mut();
-        if is_ours(&link) {
-            known.rising &= !link.up;
-            if known.link.as_ref() == Some(&link) || known.rising || known.leaving == Some(link.index) {
-                return;
-            }
-            let was_up = known.link.as_ref().is_some_and(|known| known.up);
-            events.push(Event::Observed(Key::Link(link.name.clone()), link::object(&link)));
-            if was_up && !link.up {
+        // Renamed: what it was called is gone.
+        if let Some(before) = known
+            .name(link.index)
+            .filter(|before| *before != link.name)
+            .map(str::to_owned)
+        {
+            events.extend(known.forget(&before));
+        }
+        if !is_ours(&link) {
+            if !link.up && known.carriers.contains(&link.index) {
                 events.push(Event::AllGone(Kind::Route));
             }
-            known.link = Some(link);
-        } else if known.link.as_ref().is_some_and(|known| known.index == link.index) {
-            // Renamed.
-            forget_link(&mut known, events);
+            return;
         }
+        let held = known.held(&link.name);
+        held.rising &= !link.up;
+        if held.link.as_ref() == Some(&link) || held.rising || held.leaving == Some(link.index) {
+            return;
+        }
+        let was_up = held.link.as_ref().is_some_and(|known| known.up);
+        events.push(Event::Observed(Key::Link(link.name.clone()), link::object(&link)));
+        if was_up && !link.up {
+            events.push(Event::AllGone(Kind::Route));
+        }
+        held.link = Some(link);
     }
 
     fn link_is_gone(&self, link: &Link, events: &mut Vec<Event>) {
         let mut known = self.known.borrow_mut();
-        known.leaving.take_if(|leaving| *leaving == link.index);
+        if known.carriers.remove(&link.index) {
+            events.push(Event::AllGone(Kind::Route));
+        }
+        known.held(&link.name).leaving.take_if(|leaving| *leaving == link.index);
         // Another index is an earlier device's: what we know was made since.
-        if known.link.as_ref().is_some_and(|known| known.index == link.index) {
-            forget_link(&mut known, events);
+        if let Some(name) = known.name(link.index).map(str::to_owned) {
+            events.extend(known.forget(&name));
         }
     }
 
     fn address(&self, address: &Address, there: bool, events: &mut Vec<Event>) {
         let mut known = self.known.borrow_mut();
-        if known.link.as_ref().is_none_or(|link| link.index != address.index) || !address.is_whole() {
+        let Some(name) = known.name(address.index).map(str::to_owned) else {
+            return;
+        };
+        if !address.is_whole() || address.is_link_local() {
             return;
         }
         let ip = address.net.addr();
-        let key = Key::Address(LINK.into(), ip);
+        let held = known.held(&name);
+        let key = Key::Address(name, ip);
         if there {
-            if !is_link_local(ip) && known.addresses.insert(ip) {
+            if held.addresses.insert(ip) {
                 events.push(Event::Observed(key, Object::Address));
             }
-        } else if known.addresses.remove(&ip) {
+        } else if held.addresses.remove(&ip) {
             events.extend([Event::Gone(key), Event::AllGone(Kind::Route)]);
         }
     }
-}
 
-/// The device is away, and all that hung on it.
-fn forget_link(known: &mut Known, events: &mut Vec<Event>) {
-    let Known {
-        link,
-        addresses,
-        rising: _,
-        leaving: _,
-    } = std::mem::take(known);
-    let Some(link) = link else { return };
-    events.push(Event::AllGone(Kind::Route));
-    events.extend(
-        addresses
-            .into_iter()
-            .map(|address| Event::Gone(Key::Address(link.name.clone(), address))),
-    );
-    events.push(Event::Gone(Key::Link(link.name)));
-}
-
-fn route_changed(route: &Route, message: &MessageRef<'_>, events: &mut Vec<Event>) {
-    let replaced = message.flags & NLM_F_REPLACE != 0;
-    if !route.is_ours() {
-        // Put in the place of ours, perhaps.
-        if message.kind == libc::RTM_NEWROUTE && replaced && route.is_in_the_way() {
-            events.extend(route_keys(route.net).map(Event::Gone));
+    fn entry(&self, entry: &Entry, message: &MessageRef<'_>, events: &mut Vec<Event>) {
+        let mut known = self.known.borrow_mut();
+        let Some(name) = known.name(entry.index()).map(str::to_owned) else {
+            return;
+        };
+        // Of a forwarding entry the kernel does not say who caused the change.
+        if matches!(entry, Entry::Neighbour { .. }) && message.port == self.route_port {
+            return;
         }
-        return;
+        let made = message.kind == libc::RTM_NEWNEIGH;
+        // Beside the device's own notification there is one that leaves the destination out (net/core/rtnetlink.c,
+        // rtnl_fdb_notify).
+        if made && matches!(entry, Entry::Forwarding { remote: None, .. }) {
+            return;
+        }
+        let there = entry.object().filter(|_| made);
+        match there {
+            Some(object) if known.saw(entry) => events.push(Event::Observed(entry.key(&name), object)),
+            None if known.lost(entry) => events.push(Event::Gone(entry.key(&name))),
+            Some(_) | None => {}
+        }
     }
-    let (key, object) = route::object(route, route::link_name);
-    if message.kind == libc::RTM_DELROUTE {
-        events.push(Event::Gone(key));
-        return;
+
+    fn route_changed(&self, route: &Route, message: &MessageRef<'_>, events: &mut Vec<Event>) {
+        let replaced = message.flags & NLM_F_REPLACE != 0;
+        if !route::belongs(route, &self.known.borrow()) {
+            // Put in the place of ours, perhaps.
+            if message.kind == libc::RTM_NEWROUTE && replaced && route.is_in_the_way() {
+                events.extend(route_keys(route.net).map(Event::Gone));
+            }
+            return;
+        }
+        let (key, object) = route::object(route, route::link_name);
+        if message.kind == libc::RTM_DELROUTE {
+            events.push(Event::Gone(key));
+            return;
+        }
+        if replaced {
+            events.extend(
+                route_keys(route.net)
+                    .into_iter()
+                    .filter(|other| *other != key)
+                    .map(Event::Gone),
+            );
+        }
+        events.push(Event::Observed(key, object));
     }
-    if replaced {
-        events.extend(
-            route_keys(route.net)
-                .into_iter()
-                .filter(|other| *other != key)
-                .map(Event::Gone),
-        );
-    }
-    events.push(Event::Observed(key, object));
 }
 
 fn route_keys(net: IpNet) -> [Key; 2] {
@@ -360,11 +389,4 @@ fn policy_keys(id: PolicyId) -> [Key; 3] {
 /// Whether its SPI is one that we would make.
 fn may_be_ours(id: &SaId) -> bool {
     keys::Spi(id.spi).parts().is_ok()
-}
-
-fn is_link_local(address: IpAddr) -> bool {
-    match address {
-        IpAddr::V4(v4) => v4.is_link_local(),
-        IpAddr::V6(v6) => v6.is_unicast_link_local(),
-    }
 }

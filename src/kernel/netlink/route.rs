@@ -1,25 +1,48 @@
 //! Routes: dump and writes.
 
+use std::cell::RefCell;
 use std::collections::{BTreeMap, BTreeSet};
-use std::net::{IpAddr, Ipv4Addr, Ipv6Addr};
 
 use ipnet::IpNet;
 use nix::libc;
 use nix::net::if_::{if_indextoname, if_nametoindex};
 use xfrm::{Batch, Connection};
 
+use super::link::Known;
 use super::message::{AF_INET6, FAMILIES, NLM_F_CREATE, NLM_F_EXCL, NLM_F_REPLACE, Route, family, route_filter};
 use super::{gone_is_done, kernel_error, misfit, outcome, unread};
-use crate::kernel::{Key, Object, Objects, Op, ROUTE_PROTOCOL, Refused, WriteError};
+use crate::kernel::{self, Key, Object, Objects, Op, ROUTE_PROTOCOL, Refused, Via, WriteError};
+
+/// Whether a route is ours: by its mark, or because it leads into a tunnel of ours (flannel's, in a node that was its).
+pub(super) fn belongs(route: &Route, known: &Known) -> bool {
+    let tunnel = |link: u32| known.tunnels().any(|index| index == link);
+    route.is_ours()
+        || route.table == u32::from(libc::RT_TABLE_MAIN)
+            && route.kind == libc::RTN_UNICAST
+            && [libc::RTPROT_BOOT, libc::RTPROT_STATIC].contains(&route.protocol)
+            && route.link.is_some_and(tunnel)
+}
 
 /// Puts every route of ours into `objects`.
-pub(super) fn dump(connection: &mut Connection, objects: &mut Objects) -> Result<(), WriteError> {
+pub(super) fn dump(
+    connection: &mut Connection,
+    known: &RefCell<Known>,
+    objects: &mut Objects,
+) -> Result<(), WriteError> {
     let mut names = BTreeMap::new();
+    let tunnels = known.borrow().tunnels().next().is_some();
     for family in FAMILIES {
-        for route in read(connection, family, ROUTE_PROTOCOL)?
+        // Where there is no tunnel the kernel may leave out all that others made.
+        let found = read(connection, family, if tunnels { 0 } else { ROUTE_PROTOCOL })?;
+        let mut known = known.borrow_mut();
+        for route in found
             .iter()
-            .filter(|route| route.is_ours())
+            .filter(|route| belongs(route, &known))
+            .cloned()
+            .collect::<Vec<_>>()
         {
+            let route = &route;
+            known.leads_to(route.link);
             let (key, object) = object(route, |link| {
                 names.entry(link).or_insert_with(|| link_name(link)).clone()
             });
@@ -31,28 +54,26 @@ pub(super) fn dump(connection: &mut Connection, objects: &mut Objects) -> Result
 
 /// How a route of ours looks to the reconciler; `name` gives a device's name. One that lost its device or source shows so, and is changed back.
 pub(super) fn object(route: &Route, name: impl FnMut(u32) -> String) -> (Key, Object) {
-    if route.kind != libc::RTN_UNICAST {
-        return (Key::GuardRoute(route.net), Object::Unreachable);
+    match route.kind {
+        libc::RTN_UNICAST => {}
+        libc::RTN_BLACKHOLE => return (Key::GuardRoute(route.net), Object::Blackhole),
+        _ => return (Key::GuardRoute(route.net), Object::Unreachable),
     }
-    let nowhere = match route.net {
-        IpNet::V4(_) => IpAddr::V4(Ipv4Addr::UNSPECIFIED),
-        IpNet::V6(_) => IpAddr::V6(Ipv6Addr::UNSPECIFIED),
+    let onlink = route.onlink;
+    let object = kernel::Route {
+        link: route.link.map(name).unwrap_or_default(),
+        via: route.gateway.map(|gateway| Via { gateway, onlink }),
+        source: route.source,
+        mtu: route.mtu,
     };
-    let link = route.link.map(name).unwrap_or_default();
-    (
-        Key::Route(route.net),
-        Object::Route {
-            link,
-            source: route.source.unwrap_or(nowhere),
-            mtu: route.mtu,
-        },
-    )
+    (Key::Route(route.net), Object::Route(object))
 }
 
 /// Carries operations on routes out; one result each.
 ///
 /// A place that is taken is looked at: a route of ours is replaced, someone else's is named and left.
-pub(super) fn apply(connection: &mut Connection, ops: &[Op]) -> Vec<Result<(), Refused>> {
+pub(super) fn apply(connection: &mut Connection, known: &RefCell<Known>, ops: &[Op]) -> Vec<Result<(), Refused>> {
+    let known = &mut *known.borrow_mut();
     let mut results: Vec<Option<Result<(), WriteError>>> = ops.iter().map(|_| None).collect();
     let mut links = BTreeMap::new();
     let mut first = Round::default();
@@ -60,10 +81,16 @@ pub(super) fn apply(connection: &mut Connection, ops: &[Op]) -> Vec<Result<(), R
     for (index, op) in ops.iter().enumerate() {
         match (op, wanted(op, &mut links)) {
             (_, Err(error)) => results[index] = Some(Err(error)),
-            (Op::Break(_), Ok(route)) => first.remove(index, &route),
-            (Op::Make(..), Ok(route)) => first.make(index, &route, NLM_F_CREATE | NLM_F_EXCL),
+            (Op::Break(_), Ok(route)) => first.remove(index, &route, known),
+            (Op::Make(..), Ok(route)) => {
+                known.leads_to(route.link);
+                first.make(index, &route, NLM_F_CREATE | NLM_F_EXCL);
+            }
             // To replace is to trust that what is there is ours.
-            (Op::Change(..), Ok(route)) => occupied.push((index, route)),
+            (Op::Change(..), Ok(route)) => {
+                known.leads_to(route.link);
+                occupied.push((index, route));
+            }
         }
     }
     for (index, result) in first.execute(connection) {
@@ -89,12 +116,19 @@ pub(super) fn apply(connection: &mut Connection, ops: &[Op]) -> Vec<Result<(), R
         Ok(standing) => {
             for (index, route) in occupied {
                 let there = standing.get(&route.net).map_or(&[][..], Vec::as_slice);
-                let flags = if there.iter().any(|there| there.is_ours() && there.is_in_the_way()) {
+                // flannel's own route to the same next hop says what ours says: it is taken over.
+                let same = |there: &Route| {
+                    there.protocol == libc::RTPROT_BOOT
+                        && route.gateway.is_some()
+                        && (there.gateway, there.link) == (route.gateway, route.link)
+                };
+                let ours = |there: &Route| belongs(there, known) || same(there);
+                let flags = if there.iter().any(|there| ours(there) && there.is_in_the_way()) {
                     NLM_F_CREATE | NLM_F_REPLACE
                 } else {
                     NLM_F_CREATE | NLM_F_EXCL
                 };
-                match there.iter().find(|there| there.is_in_the_way() && !there.is_ours()) {
+                match there.iter().find(|there| there.is_in_the_way() && !ours(there)) {
                     Some(theirs) => results[index] = Some(Err(foreign(&ops[index], theirs))),
                     None => second.make(index, &route, flags),
                 }
@@ -125,9 +159,20 @@ impl Round {
         self.indexes.push(index);
     }
 
-    fn remove(&mut self, index: usize, route: &Route) {
-        self.batch.push(libc::RTM_DELROUTE, 0, |writer| route.write_key(writer));
-        self.indexes.push(index);
+    fn remove(&mut self, index: usize, route: &Route, known: &Known) {
+        let tunnels = known.tunnels().map(|link| Route {
+            protocol: libc::RTPROT_BOOT,
+            link: Some(link),
+            ..route.clone()
+        });
+        let flannels = (route.kind == libc::RTN_UNICAST)
+            .then_some(tunnels)
+            .into_iter()
+            .flatten();
+        for route in std::iter::once(route.clone()).chain(flannels) {
+            self.batch.push(libc::RTM_DELROUTE, 0, |writer| route.write_key(writer));
+            self.indexes.push(index);
+        }
         self.breaks.insert(index);
     }
 
@@ -153,10 +198,13 @@ impl Round {
 fn wanted(op: &Op, links: &mut BTreeMap<String, Option<u32>>) -> Result<Route, WriteError> {
     match op {
         Op::Make(Key::GuardRoute(net), Object::Unreachable) | Op::Change(Key::GuardRoute(net), Object::Unreachable) => {
-            Ok(Route::ours(*net, None, None, None))
+            Ok(Route::ours(*net, libc::RTN_UNREACHABLE))
         }
-        Op::Make(Key::Route(net), Object::Route { link, source, mtu })
-        | Op::Change(Key::Route(net), Object::Route { link, source, mtu }) => {
+        Op::Make(Key::GuardRoute(net), Object::Blackhole) | Op::Change(Key::GuardRoute(net), Object::Blackhole) => {
+            Ok(Route::ours(*net, libc::RTN_BLACKHOLE))
+        }
+        Op::Make(Key::Route(net), Object::Route(route)) | Op::Change(Key::Route(net), Object::Route(route)) => {
+            let kernel::Route { link, via, source, mtu } = route;
             let index = *links
                 .entry(link.clone())
                 .or_insert_with(|| if_nametoindex(link.as_str()).ok());
@@ -170,13 +218,18 @@ fn wanted(op: &Op, links: &mut BTreeMap<String, Option<u32>>) -> Result<Route, W
                     source,
                 });
             };
-            Ok(Route::ours(*net, Some(index), Some(*source), *mtu))
+            Ok(Route {
+                link: Some(index),
+                gateway: via.map(|via| via.gateway),
+                onlink: via.is_some_and(|via| via.onlink),
+                source: *source,
+                mtu: *mtu,
+                ..Route::ours(*net, libc::RTN_UNICAST)
+            })
         }
-        Op::Break(Key::GuardRoute(net)) => Ok(Route::ours(*net, None, None, None)),
-        Op::Break(Key::Route(net)) => Ok(Route {
-            kind: libc::RTN_UNICAST,
-            ..Route::ours(*net, None, None, None)
-        }),
+        // A type of 0 is any.
+        Op::Break(Key::GuardRoute(net)) => Ok(Route::ours(*net, libc::RTN_UNSPEC)),
+        Op::Break(Key::Route(net)) => Ok(Route::ours(*net, libc::RTN_UNICAST)),
         Op::Make(..) | Op::Change(..) | Op::Break(_) => Err(misfit(op)),
     }
 }

@@ -11,6 +11,7 @@ use super::link::Sink;
 use super::preflight::aead;
 use super::*;
 use crate::epochs::Generation;
+use crate::kernel::device::{Device, DeviceKind};
 use crate::kernel::{Event, Guard, Scope, order, priority, reqid};
 use crate::lease::Addresses;
 
@@ -72,7 +73,14 @@ fn own_bases() -> Addresses {
 }
 
 fn link(mtu: u32) -> Object {
-    Object::Link { mtu, up: true }
+    Object::Link(Box::new(Device::new(DeviceKind::Sink, mtu)))
+}
+
+fn down(mtu: u32) -> Object {
+    Object::Link(Box::new(Device {
+        up: false,
+        ..Device::new(DeviceKind::Sink, mtu)
+    }))
 }
 
 /// The node's objects: guard, device, addresses.
@@ -178,11 +186,12 @@ fn peer_without_sas(slot: u32) -> Objects {
         let mtu = base.is_ipv4().then_some(1400);
         objects.insert(
             Key::Route(subnet),
-            Object::Route {
+            Object::Route(crate::kernel::Route {
                 link: LINK.into(),
-                source: base,
+                via: None,
+                source: Some(base),
                 mtu,
-            },
+            }),
         );
     }
     objects

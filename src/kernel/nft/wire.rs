@@ -8,7 +8,8 @@ use std::net::IpAddr;
 use ipnet::IpNet;
 use xfrm::{Batch, Writer};
 
-use crate::kernel::firewall::{Counters, Firewall, Rule, Source, Way};
+use crate::kernel::firewall::open::{Act, End, MARK, Match};
+use crate::kernel::firewall::{Counters, Firewall, Form, OpenRule, Rule, Source, Way};
 
 /// `NFPROTO_INET`: one table for both families.
 pub(super) const INET: u8 = 1;
@@ -63,13 +64,18 @@ pub(super) const COUNTER_BYTES: u16 = 1;
 pub(super) const COUNTER_PACKETS: u16 = 2;
 
 const HOOK_PREROUTING: u32 = 0;
+const HOOK_FORWARD: u32 = 2;
 const HOOK_POSTROUTING: u32 = 4;
 /// NF_IP_PRI_RAW: before conntrack (-200), so that what is refused leaves no state behind.
 const PRIORITY_RAW: i32 = -300;
 /// NF_IP_PRI_MANGLE, where iptables can do the same. The destination is final in this hook.
 const PRIORITY_MANGLE: i32 = -150;
+/// NF_IP_PRI_FILTER.
+const PRIORITY_FILTER: i32 = 0;
 /// 10 before NF_IP_PRI_NAT_SRC, where kube-proxy and iptables masquerade: the first translation of a connection stays.
 const PRIORITY_SOURCE: i32 = 90;
+/// NF_IP_PRI_NAT_SRC, flannel's: kube-proxy's packets are told by their mark.
+const PRIORITY_SRCNAT: i32 = 100;
 
 /// Comments in our objects are read by people in `nft list ruleset`.
 const TABLE_COMMENT: &str = "written whole by ringmail, mended when changed";
@@ -104,6 +110,22 @@ const SOURCE: Chain = Chain {
     priority: PRIORITY_SOURCE,
 };
 
+const MASQUERADE: Chain = Chain {
+    // Not "masquerade": a listing with a word of the language as a name can't be loaded again.
+    name: "leaving-mesh",
+    comment: "what leaves the mesh, or enters it from outside, takes this node's address",
+    kind: "nat",
+    hook: HOOK_POSTROUTING,
+    priority: PRIORITY_SRCNAT,
+};
+const FORWARD: Chain = Chain {
+    name: "forward",
+    comment: "what pods send and get is accepted, as far as this table goes",
+    kind: "filter",
+    hook: HOOK_FORWARD,
+    priority: PRIORITY_FILTER,
+};
+
 /// The transaction that makes table `table` hold `firewall` and nothing else, whatever it held before. The old rules
 /// work until the kernel commits, the new ones from then on. The counters begin at `counters`.
 pub(super) fn replacement(table: &str, firewall: &Firewall, counters: Counters) -> Batch {
@@ -128,8 +150,21 @@ pub(super) fn question(table: &str, firewall: &Firewall) -> Batch {
 
 /// The transaction that deletes the table; refused with ENOENT where there is none.
 pub(super) fn removal(table: &str) -> Batch {
-    transaction(|batch| message(batch, DEL_TABLE, 0, |w| w.attribute_str(TABLE, table)))
+    removal_in(INET, table)
 }
+
+/// The same of a table of another family.
+pub(super) fn removal_in(family: u8, table: &str) -> Batch {
+    transaction(|batch| {
+        batch.push(DEL_TABLE, 0, |w| {
+            header(w, family, 0);
+            w.attribute_str(TABLE, table);
+        });
+    })
+}
+
+/// flannel's tables, each with its family.
+pub(super) const FLANNELS: [(u8, &str); 2] = [(NFPROTO_IPV4, "flannel-ipv4"), (NFPROTO_IPV6, "flannel-ipv6")];
 
 /// What a request about `table` holds after its netlink header.
 pub(super) fn about(table: &str) -> impl FnOnce(&mut Writer<'_>) {
@@ -166,7 +201,8 @@ fn contents(batch: &mut Batch, table: &str, firewall: &Firewall, mut counters: C
         w.attribute_str(TABLE, table);
         comment(w, TABLE_USERDATA, TABLE_COMMENT);
     });
-    for way in Way::ALL {
+    let sealed = firewall.form == Form::Sealed;
+    for way in Way::ALL.into_iter().filter(|_| sealed) {
         let tally = *counters.of(way);
         message(batch, NEW_OBJECT, NLM_F_CREATE, |w| {
             w.attribute_str(TABLE, table);
@@ -178,7 +214,11 @@ fn contents(batch: &mut Batch, table: &str, firewall: &Firewall, mut counters: C
             });
         });
     }
-    for chain in [ARRIVING, LEAVING, SOURCE] {
+    let chains: &[Chain] = match sealed {
+        true => &[ARRIVING, LEAVING, SOURCE],
+        false => &[MASQUERADE, FORWARD],
+    };
+    for chain in chains {
         message(batch, NEW_CHAIN, NLM_F_CREATE, |w| {
             w.attribute_str(TABLE, table);
             w.attribute_str(CHAIN_NAME, chain.name);
@@ -196,6 +236,8 @@ fn contents(batch: &mut Batch, table: &str, firewall: &Firewall, mut counters: C
             Rule::Refuse(Way::Arriving, _) => ARRIVING,
             Rule::Refuse(Way::Leaving, _) => LEAVING,
             Rule::Translate { .. } => SOURCE,
+            Rule::Open(rule) if rule.act.forwards() => FORWARD,
+            Rule::Open(_) => MASQUERADE,
         };
         message(batch, NEW_RULE, NLM_F_CREATE | NLM_F_APPEND, |w| {
             w.attribute_str(TABLE, table);
@@ -213,7 +255,7 @@ fn contents(batch: &mut Batch, table: &str, firewall: &Firewall, mut counters: C
 fn reason(rule: &Rule) -> Option<&'static str> {
     match rule {
         // The chain's comment says it.
-        Rule::Refuse(..) => None,
+        Rule::Refuse(..) | Rule::Open(_) => None,
         Rule::Translate { from, to, source } => Some(match (from, to, source) {
             (None, _, Source::Kept) => "to own pods",
             (Some(_), Some(to), Source::Kept) if to.addr().is_multicast() => "multicast",
@@ -243,12 +285,14 @@ const NFT_RETURN: u32 = (-5i32).cast_unsigned();
 const VERDICT: u32 = 0;
 /// `NFT_REG_1`, the one register that we use.
 const REGISTER: u32 = 1;
+const META_MARK: u32 = 3;
 const META_IIFNAME: u32 = 6;
 const META_OIFNAME: u32 = 7;
 const META_NFPROTO: u32 = 15;
 const META_SECPATH: u32 = 25;
 const RT_XFRM: u32 = 4;
 const EQUAL: u32 = 0;
+const NOT_EQUAL: u32 = 1;
 const NETWORK_HEADER: u32 = 1;
 const NAT_SOURCE: u32 = 0;
 /// `NF_NAT_RANGE_PROTO_RANDOM_FULLY`.
@@ -290,6 +334,25 @@ fn expressions(e: &mut Expressions<'_, '_>, rule: &Rule, uplink: &str) {
                 Source::Masquerade { random_fully } => e.masquerade(random_fully),
             }
         }
+        Rule::Open(OpenRule { v6, what, act }) => {
+            e.load("meta", META_NFPROTO);
+            e.compare(&[if v6 { NFPROTO_IPV6 } else { NFPROTO_IPV4 }]);
+            match what {
+                Match::Marked => e.mark(MARK),
+                Match::Ends(from, to) => {
+                    for (field, end) in [(Field::Source, from), (Field::Destination, to)] {
+                        if let Some(End { net, inside }) = end {
+                            e.address_that(field, &net, if inside { EQUAL } else { NOT_EQUAL });
+                        }
+                    }
+                }
+            }
+            match act {
+                Act::Keep => e.verdict(NFT_RETURN),
+                Act::Masquerade { random_fully } => e.masquerade(random_fully),
+                Act::Accept => e.verdict(NF_ACCEPT),
+            }
+        }
     }
 }
 
@@ -318,9 +381,13 @@ impl Expressions<'_, '_> {
     }
 
     fn compare(&mut self, value: &[u8]) {
+        self.compare_as(EQUAL, value);
+    }
+
+    fn compare_as(&mut self, how: u32, value: &[u8]) {
         self.expression("cmp", |w| {
             w.attribute_be32(1, REGISTER);
-            w.attribute_be32(2, EQUAL);
+            w.attribute_be32(2, how);
             w.nested(3, |w| w.attribute(1, value));
         });
     }
@@ -338,8 +405,31 @@ impl Expressions<'_, '_> {
         self.compare(&[family_of(net.addr())]);
     }
 
-    /// The packet's address is in `net`. Offsets: RFC 791 §3.1, RFC 8200 §3.
+    /// The packet has this bit in its mark, which is in the machine's order.
+    fn mark(&mut self, bit: u32) {
+        self.load("meta", META_MARK);
+        self.mask(&bit.to_ne_bytes());
+        self.compare(&bit.to_ne_bytes());
+    }
+
+    fn mask(&mut self, mask: &[u8]) {
+        let length = u32::try_from(mask.len()).expect("an address is 16 bytes at most");
+        self.expression("bitwise", |w| {
+            w.attribute_be32(1, REGISTER);
+            w.attribute_be32(2, REGISTER);
+            w.attribute_be32(3, length);
+            w.nested(4, |w| w.attribute(1, mask));
+            w.nested(5, |w| w.attribute(1, &vec![0; mask.len()]));
+        });
+    }
+
+    /// The packet's address is in `net`.
     fn address(&mut self, field: Field, net: &IpNet) {
+        self.address_that(field, net, EQUAL);
+    }
+
+    /// The packet's address is in `net`, or is not. Offsets: RFC 791 §3.1, RFC 8200 §3.
+    fn address_that(&mut self, field: Field, net: &IpNet, how: u32) {
         let offset = match (field, net) {
             (Field::Source, IpNet::V4(_)) => 12,
             (Field::Destination, IpNet::V4(_)) => 16,
@@ -355,15 +445,9 @@ impl Expressions<'_, '_> {
             w.attribute_be32(4, length);
         });
         if net.prefix_len() != net.max_prefix_len() {
-            self.expression("bitwise", |w| {
-                w.attribute_be32(1, REGISTER);
-                w.attribute_be32(2, REGISTER);
-                w.attribute_be32(3, length);
-                w.nested(4, |w| w.attribute(1, &mask));
-                w.nested(5, |w| w.attribute(1, &vec![0; mask.len()]));
-            });
+            self.mask(&mask);
         }
-        self.compare(&octets(net.network()));
+        self.compare_as(how, &octets(net.network()));
     }
 
     fn count(&mut self, counter: &str) {

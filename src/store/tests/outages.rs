@@ -70,6 +70,26 @@ async fn a_folder_replaced_by_a_rename_is_noticed() {
     until(&mut store.roster(), |roster| names(roster) == ["a", "b", "c"]).await;
 }
 
+/// The watch hangs on the folder, not on the link: it has to follow when only an event of the folder before tells of the turn.
+#[tokio::test]
+async fn a_link_that_is_turned_to_another_folder_is_followed() {
+    let (temp, other) = (Temp::new(), Temp::new());
+    let (first, link) = (temp.file("first"), temp.file("link"));
+    fs::create_dir(&first).unwrap();
+    std::os::unix::fs::symlink(&first, &link).unwrap();
+    let store = Store::open_dir(&link).await.unwrap();
+    other.put(&lease("a", "10.244.1.0-24"), 1);
+    std::os::unix::fs::symlink(&other.0, temp.file("turned")).unwrap();
+    fs::rename(temp.file("turned"), &link).unwrap();
+    fs::write(first.join("10.244.9.0-24.json"), "").unwrap();
+    until(&mut store.roster(), |roster| names(roster) == ["a"]).await;
+    tokio::time::sleep(Duration::from_millis(300)).await;
+    let start = Instant::now();
+    other.put(&lease("b", "10.244.2.0-24"), 1);
+    until(&mut store.roster(), |roster| names(roster) == ["a", "b"]).await;
+    assert!(start.elapsed() < Duration::from_secs(5), "{:?}", start.elapsed());
+}
+
 #[tokio::test]
 async fn a_folder_that_is_none_is_named_with_the_remedy() {
     let temp = Temp::new();

@@ -33,8 +33,8 @@ fn any_lease() -> impl Strategy<Value = Lease> {
                 v6: public.1.map(Into::into),
             },
             backend,
-            data,
-            v6_data,
+            data: data.into(),
+            v6_data: v6_data.into(),
         },
     )
 }
@@ -103,5 +103,5 @@ fn flannels_keys_and_values_are_read() {
         (lease.public, lease.backend.as_str(), revision),
         (Addresses::default(), "vxlan", 0)
     );
-    assert_eq!(lease.data, json!({"VNI": 1, "VtepMAC": "c6:d2:32:6f:8f:44"}));
+    assert_eq!(lease.data.value(), json!({"VNI": 1, "VtepMAC": "c6:d2:32:6f:8f:44"}));
 }

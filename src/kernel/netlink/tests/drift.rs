@@ -214,10 +214,7 @@ fn going_down_and_away_are_told_with_all_that_goes_along() {
         node.hear();
         ip("link set ringmail0 down");
         let events = node.hear();
-        assert_eq!(
-            events[0],
-            Event::Observed(Key::Link(LINK.into()), Object::Link { mtu: 1446, up: false })
-        );
+        assert_eq!(events[0], Event::Observed(Key::Link(LINK.into()), down(1446)));
         assert!(events.contains(&Event::AllGone(Kind::Route)), "{events:?}");
         assert!(events.contains(&Event::Gone(Key::Address(
             LINK.into(),
@@ -232,10 +229,7 @@ fn going_down_and_away_are_told_with_all_that_goes_along() {
         // Read before it is heard of.
         ip("link set ringmail0 down");
         node.actual = node.netlink.dump().expect("dump");
-        assert_eq!(
-            node.actual[&Key::Link(LINK.into())],
-            Object::Link { mtu: 1446, up: false }
-        );
+        assert_eq!(node.actual[&Key::Link(LINK.into())], down(1446));
         node.hear();
         node.mend();
         assert_same(&node.netlink.dump().expect("dump"), &node.desired);
@@ -277,7 +271,7 @@ fn without_ipv6_a_device_that_goes_down_takes_its_routes_along_all_the_same() {
         let mut node = Node::new(desired);
         node.hear();
         ip("link set ringmail0 down");
-        let link = Event::Observed(Key::Link(LINK.into()), Object::Link { mtu: 1446, up: false });
+        let link = Event::Observed(Key::Link(LINK.into()), down(1446));
         assert_eq!(node.hear(), [link, Event::AllGone(Kind::Route)]);
         node.mend();
         assert_same(&node.netlink.dump().expect("dump"), &node.desired);
@@ -348,7 +342,7 @@ fn a_flood_is_told_as_an_overrun_and_what_comes_after_it_is_heard() {
         let mut batch = xfrm::Batch::new();
         for index in 0..40_000_u32 {
             let net = Ipv4Net::new(Ipv4Addr::from((172 << 24) + (index << 8)), 24).expect("net");
-            let route = super::super::message::Route::ours(net.into(), None, None, None);
+            let route = super::super::message::Route::ours(net.into(), nix::libc::RTN_UNREACHABLE);
             batch.push(nix::libc::RTM_NEWROUTE, 0x600, |writer| route.write(writer));
         }
         assert!(other.execute(batch).iter().all(Result::is_ok));
@@ -365,6 +359,7 @@ fn a_flood_is_told_as_an_overrun_and_what_comes_after_it_is_heard() {
 fn a_touched_packet_filter_is_told_and_is_made_again() {
     in_namespace(|| {
         let rules = Firewall {
+            form: crate::kernel::firewall::Form::Sealed,
             networks: vec![net("10.244.0.0/16")],
             own: [net("10.244.1.0/24")].into_iter().collect(),
             bases: Addresses {
@@ -396,5 +391,41 @@ fn a_touched_packet_filter_is_told_and_is_made_again() {
         must(&mut node.netlink, breaks(&desired), &node.keys);
         assert_same(&node.netlink.dump().expect("dump"), &Objects::new());
         assert_eq!(node.hear(), []);
+    });
+}
+
+#[test]
+#[ignore = "needs root and a kernel with nf_tables and iptables"]
+fn nft_and_iptables_take_turns_as_the_filter_wishes() {
+    in_namespace(|| {
+        let plain = |nft| {
+            let own = [net("10.244.1.0/24")].into_iter().collect();
+            let rules = Firewall::plain(vec![net("10.244.0.0/16")], own, true, true, true).by_nft(nft);
+            Objects::from([(Key::Firewall, Object::Firewall(Box::new(rules)))])
+        };
+        let mut node = Node::new(plain(false));
+        for nft in [false, true, false, true] {
+            node.desired = plain(nft);
+            node.mend();
+            assert_same(&node.netlink.dump().expect("dump"), &plain(nft));
+            assert_eq!(node.netlink.filter_tells(), nft);
+            // Whatever the old manager left would be seen by another of its kind.
+            let shown = Command::new("nft").args(["list", "ruleset"]).output().expect("nft");
+            let shown = String::from_utf8_lossy(&shown.stdout).into_owned();
+            assert_eq!(shown.contains("table inet ringmail"), nft, "{shown}");
+            assert_eq!(shown.contains("FLANNEL"), !nft, "{shown}");
+            node.hear();
+        }
+        let removed = Command::new("nft")
+            .args(["delete", "table", "inet", "ringmail"])
+            .status();
+        assert!(removed.expect("nft").success());
+        assert_eq!(
+            node.hear(),
+            [Event::Gone(Key::Firewall)],
+            "heard though iptables came first"
+        );
+        node.mend();
+        assert_same(&node.netlink.dump().expect("dump"), &plain(true));
     });
 }

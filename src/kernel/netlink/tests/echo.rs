@@ -26,17 +26,17 @@ fn routes_of_our_own_are_kept_out_of_the_queue_and_all_else_is_not() {
         echo::silence_routes(&monitor, ours.port());
         let make = |connection: &mut Connection, text: &str| {
             let op = Op::Make(Key::GuardRoute(net(text)), Object::Unreachable);
-            assert!(route::apply(connection, &[op])[0].is_ok());
+            assert!(route::apply(connection, &Default::default(), &[op])[0].is_ok());
         };
         make(&mut ours, "10.1.0.0/16");
         assert!(seen(&mut monitor).is_empty());
         make(&mut theirs, "10.2.0.0/16");
         assert_eq!(seen(&mut monitor), [libc::RTM_NEWROUTE]);
         let gone = Op::Break(Key::GuardRoute(net("10.1.0.0/16")));
-        assert!(route::apply(&mut theirs, &[gone])[0].is_ok());
+        assert!(route::apply(&mut theirs, &Default::default(), &[gone])[0].is_ok());
         assert_eq!(seen(&mut monitor), [libc::RTM_DELROUTE]);
         let gone = Op::Break(Key::GuardRoute(net("10.2.0.0/16")));
-        assert!(route::apply(&mut ours, &[gone])[0].is_ok());
+        assert!(route::apply(&mut ours, &Default::default(), &[gone])[0].is_ok());
         assert!(seen(&mut monitor).is_empty());
         super::ip("link set lo mtu 9000");
         assert_eq!(seen(&mut monitor), [libc::RTM_NEWLINK]);

@@ -514,8 +514,8 @@ fn the_kernel_says(cipher: keys::Cipher, v6: bool, encap: bool) {
     });
     desired.insert(id, Object::Policy(policy));
     for object in desired.values_mut() {
-        if let Object::Route { mtu, .. } = object {
-            *mtu = None;
+        if let Object::Route(route) = object {
+            route.mtu = None;
         }
     }
     must(&mut netlink, make(&desired), &keys);

@@ -32,8 +32,8 @@ fn every_kind_of_object_can_be_changed() {
         must(&mut netlink, make(&desired), &keys);
         for (key, object) in &mut desired {
             match object {
-                Object::Link { mtu, .. } => *mtu = 1418,
-                Object::Route { mtu, .. } => *mtu = Some(1300),
+                Object::Link(device) => device.mtu = 1418,
+                Object::Route(route) => route.mtu = Some(1300),
                 Object::Policy(policy) => match &mut policy.template {
                     Some(template) => template.spi = 0x2042,
                     None => policy.action = Action::Allow,

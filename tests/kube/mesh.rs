@@ -1,0 +1,249 @@
+//! The daemon itself over a real API server: nodes as network namespaces on a bridge, all in a network of the test's own.
+
+use std::fs::{self, File};
+use std::net::Ipv4Addr;
+use std::os::fd::{AsFd as _, AsRawFd as _};
+use std::os::unix::fs::symlink;
+use std::path::{Path, PathBuf};
+use std::process::{Child, Command, Stdio};
+use std::time::{Duration, Instant};
+
+use nix::sched::{CloneFlags, setns, unshare};
+use nix::sys::signal::{Signal, kill};
+use nix::unistd::Pid;
+
+use super::server::Server;
+
+/// Where the API server is, as the nodes see it.
+const WIRE: Ipv4Addr = Ipv4Addr::new(192, 168, 77, 254);
+
+/// Runs `work` on this thread, in a network of its own that has loopback and a bridge, and with a /run of its own.
+pub(crate) fn alone(work: impl Future<Output = ()>) {
+    unshare(CloneFlags::CLONE_NEWNET | CloneFlags::CLONE_NEWNS).expect("root makes namespaces");
+    command("mount --make-rprivate /");
+    command("mount -t tmpfs tmpfs /run");
+    command("ip link set lo up");
+    command("ip link add wire type bridge");
+    command(&format!("ip address add {WIRE}/24 dev wire"));
+    command("ip link set wire up");
+    let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build();
+    runtime.expect("a runtime").block_on(work);
+}
+
+fn command(line: &str) -> String {
+    let (good, text) = attempt(line);
+    assert!(good, "{line}: {text}");
+    text
+}
+
+fn attempt(line: &str) -> (bool, String) {
+    let mut words = line.split_whitespace();
+    let done = Command::new(words.next().expect("a command"))
+        .args(words)
+        .output()
+        .expect(line);
+    let text = [done.stdout, done.stderr].concat();
+    (done.status.success(), String::from_utf8_lossy(&text).into_owned())
+}
+
+/// A node and its daemon.
+pub(crate) struct Host {
+    network: File,
+    folder: PathBuf,
+    daemon: Option<Child>,
+    /// What the daemon was told by variables.
+    variables: Vec<(String, String)>,
+}
+
+impl Host {
+    /// Node `number`, at 192.168.77.`number`.
+    pub(crate) fn new(server: &Server, number: u8) -> Self {
+        let make = || {
+            unshare(CloneFlags::CLONE_NEWNET).expect("root makes a network namespace");
+            File::open("/proc/thread-self/ns/net").expect("the namespace")
+        };
+        let network = std::thread::spawn(make).join().expect("a namespace");
+        let host = Self {
+            network,
+            folder: server.folder().join(format!("node-{number}")),
+            daemon: None,
+            variables: Vec::new(),
+        };
+        fs::create_dir_all(host.folder.join("conf")).expect("a folder");
+        let there = format!("/proc/{}/fd/{}", std::process::id(), host.network.as_raw_fd());
+        command(&format!(
+            "ip link add port{number} type veth peer name eth0 netns {there}"
+        ));
+        command(&format!("ip link set port{number} master wire up"));
+        for line in [
+            "ip link set lo up",
+            &format!("ip address add 192.168.77.{number}/24 dev eth0"),
+            "ip link set eth0 up",
+            &format!("ip route add default via {WIRE}"),
+        ] {
+            let (good, text) = host.attempt(line);
+            assert!(good, "{line}: {text}");
+        }
+        host
+    }
+
+    /// Runs `work` in the node's network.
+    fn inside<T: Send>(&self, work: impl FnOnce() -> T + Send) -> T {
+        let there = || {
+            setns(self.network.as_fd(), CloneFlags::CLONE_NEWNET).expect("enter the namespace");
+            work()
+        };
+        std::thread::scope(|scope| scope.spawn(there).join().expect("no panic"))
+    }
+
+    pub(crate) fn attempt(&self, line: &str) -> (bool, String) {
+        self.inside(|| attempt(line))
+    }
+
+    /// Puts net-conf.json in its place as the kubelet does: a new folder, and a link to it that is turned.
+    pub(crate) fn configure(&self, json: &str) {
+        let conf = self.folder.join("conf");
+        let now = format!("..{}", fs::read_dir(&conf).expect("a folder").count());
+        fs::create_dir(conf.join(&now)).expect("a folder");
+        fs::write(conf.join(&now).join("net-conf.json"), json).expect("written");
+        symlink(&now, conf.join("..data_tmp")).expect("a link");
+        fs::rename(conf.join("..data_tmp"), conf.join("..data")).expect("turned");
+        if !conf.join("net-conf.json").exists() {
+            symlink("..data/net-conf.json", conf.join("net-conf.json")).expect("a link");
+        }
+    }
+
+    /// Starts the daemon with flannel's own flags; `names` are the variables that say who it is.
+    pub(crate) fn start(&mut self, server: &Server, names: &[(&str, &str)]) {
+        let url = format!("--kube-api-url=https://{WIRE}:{}", server.port());
+        let kubeconfig = format!("--kubeconfig-file={}", server.kubeconfig("ringmail").display());
+        self.spawn(&[url, kubeconfig], names);
+    }
+
+    /// The same as in a Pod: the API server is found by the variables and files that every Pod has.
+    pub(crate) fn start_in_pod(&mut self, server: &Server, names: &[(&str, &str)]) {
+        let account = Path::new("/run/secrets/kubernetes.io/serviceaccount");
+        fs::create_dir_all(account).expect("a folder");
+        fs::write(account.join("token"), "ringmail-token").expect("written");
+        fs::write(account.join("namespace"), "default").expect("written");
+        fs::copy(server.authority(), account.join("ca.crt")).expect("copied");
+        let (wire, port) = (WIRE.to_string(), server.port().to_string());
+        let around = [
+            ("KUBERNETES_SERVICE_HOST", wire.as_str()),
+            ("KUBERNETES_SERVICE_PORT", port.as_str()),
+        ];
+        self.spawn(&[], &[names, &around].concat());
+    }
+
+    fn spawn(&mut self, flags: &[String], variables: &[(&str, &str)]) {
+        let owned = |(name, value): &(&str, &str)| ((*name).to_owned(), (*value).to_owned());
+        self.variables = variables.iter().map(owned).collect();
+        let at = |name: &str| self.folder.join(name);
+        let log = File::options()
+            .create(true)
+            .append(true)
+            .open(at("log"))
+            .expect("a log");
+        let mut daemon = Command::new(env!("CARGO_BIN_EXE_ringmail"));
+        daemon
+            .args(["run", "--kube-subnet-mgr", "--ip-masq", "--iface=eth0"])
+            .args(flags)
+            .arg("--net-config-path")
+            .arg(at("conf/net-conf.json"))
+            .arg("--run-dir")
+            .arg(at("run"))
+            .arg("--subnet-file")
+            .arg(at("subnet.env"))
+            .env_remove("NODE_NAME")
+            .env_remove("NOTIFY_SOCKET")
+            .envs(variables.iter().copied())
+            .stdin(Stdio::null())
+            .stdout(Stdio::null())
+            .stderr(log);
+        self.daemon = Some(self.inside(move || daemon.spawn().expect("the daemon")));
+    }
+
+    /// Ends the daemon.
+    pub(crate) fn stop(&mut self, signal: Signal) {
+        let Some(mut daemon) = self.daemon.take() else { return };
+        kill(Pid::from_raw(daemon.id().cast_signed()), signal).expect("it runs");
+        daemon.wait().expect("it ends");
+    }
+
+    /// A line of `/proc/<pid>/status`, in KiB.
+    pub(crate) fn memory(&self, line: &str) -> u64 {
+        let pid = self.daemon.as_ref().expect("it runs").id();
+        let status = fs::read_to_string(format!("/proc/{pid}/status")).expect("it runs");
+        let found = status.lines().find(|text| text.starts_with(line)).expect(line);
+        found
+            .split_whitespace()
+            .nth(1)
+            .expect("a number")
+            .parse()
+            .expect("a number")
+    }
+
+    /// Processor time of the daemon so far.
+    pub(crate) fn processor(&self) -> Duration {
+        let pid = self.daemon.as_ref().expect("it runs").id();
+        let stat = fs::read_to_string(format!("/proc/{pid}/stat")).expect("it runs");
+        let fields: Vec<&str> = stat.rsplit(')').next().expect("fields").split_whitespace().collect();
+        let ticks: u64 = fields[11].parse::<u64>().expect("a number") + fields[12].parse::<u64>().expect("a number");
+        Duration::from_millis(ticks * 10)
+    }
+
+    pub(crate) fn log(&self) -> String {
+        fs::read_to_string(self.folder.join("log")).unwrap_or_default()
+    }
+
+    pub(crate) fn subnet_env(&self) -> String {
+        fs::read_to_string(self.folder.join("subnet.env")).unwrap_or_default()
+    }
+
+    /// What `ringmail status` says.
+    pub(crate) fn status(&self) -> String {
+        let program = env!("CARGO_BIN_EXE_ringmail");
+        self.attempt(&format!(
+            "{program} status --run-dir {}",
+            self.folder.join("run").display()
+        ))
+        .1
+    }
+
+    /// Takes away what the daemon made; it must do well.
+    pub(crate) fn cleanup(&self) -> String {
+        let mut cleanup = Command::new(env!("CARGO_BIN_EXE_ringmail"));
+        cleanup.args(["cleanup", "--run-dir"]).arg(self.folder.join("run"));
+        cleanup.envs(self.variables.iter().map(|(name, value)| (name, value)));
+        let done = self.inside(move || cleanup.output().expect("it is a program"));
+        let text = String::from_utf8_lossy(&[done.stdout, done.stderr].concat()).into_owned();
+        assert!(done.status.success(), "{text}");
+        text
+    }
+
+    /// Waits until `wanted` holds; how long that took.
+    pub(crate) async fn eventually(&self, what: &str, mut wanted: impl AsyncFnMut() -> bool) -> Duration {
+        let began = Instant::now();
+        while !wanted().await {
+            assert!(began.elapsed() < Duration::from_secs(60), "{what}:\n{}", self.log());
+            tokio::time::sleep(Duration::from_millis(50)).await;
+        }
+        began.elapsed()
+    }
+
+    /// Waits for an answer to a ping.
+    pub(crate) async fn reaches(&self, address: &str) {
+        let what = format!("a ping to {address}");
+        let ping = format!("ping -n -c 1 -W 1 {address}");
+        self.eventually(&what, async || self.attempt(&ping).0).await;
+    }
+}
+
+impl Drop for Host {
+    fn drop(&mut self) {
+        if let Some(daemon) = &mut self.daemon {
+            let _ = daemon.kill();
+            let _ = daemon.wait();
+        }
+    }
+}
