@@ -16,7 +16,7 @@ use std::time::Duration;
 
 use xfrm::{Connection, Protocol};
 
-use crate::kernel::firewall::{Counters, Firewall, Rule, Way};
+use crate::kernel::firewall::{Counters, Firewall, Rule};
 use crate::kernel::nft;
 
 use program::Programs;
@@ -41,7 +41,11 @@ pub enum Error {
         path: String,
     },
     /// Programs are there, and none works on this kernel.
-    #[error("no iptables works on this kernel; the last that was tried: {program} -t {table}: {message}")]
+    #[error(
+        "no iptables works on this kernel; the last that was tried: {program} -t {table}: {message}; \
+         load the kernel modules nf_tables, nft_nat, nft_masq, nft_xfrm, or ip_tables and iptable_{table} \
+         (IPv6: ip6_tables, ip6table_{table})"
+    )]
     Unusable {
         /// The program.
         program: String,
@@ -107,7 +111,9 @@ impl fmt::Display for Family {
 }
 
 /// The chains of both families, and what we last put there.
+#[derive(Default)]
 pub struct Iptables {
+    /// Those that rules were last written with.
     programs: BTreeMap<Family, Programs>,
     written: Option<(Firewall, Standing)>,
     /// The tables' signs when they were last seen to be right.
@@ -131,16 +137,10 @@ struct Signs {
 type Standing = BTreeMap<(Family, Chain), Vec<String>>;
 
 impl Iptables {
-    /// Finds programs that work on this kernel, for IPv4 at least: the plain ones, else `-legacy`, else `-nft`.
+    /// Makes sure that programs are installed, for IPv4 at least. Which of them work is found out when there are rules to
+    /// write, since asking makes the kernel set a table up.
     pub fn open() -> Result<Self, Error> {
-        let programs = BTreeMap::from([(Family::V4, Programs::find(Family::V4)?)]);
-        Ok(Self {
-            programs,
-            written: None,
-            signs: Signs::default(),
-            nf_tables: None,
-            lost: Counters::default(),
-        })
+        Programs::find(Family::V4, &[]).map(|_| Self::default())
     }
 
     /// Makes our chains hold `firewall` and puts the jumps to them first in their built-in chains. The drop counters
@@ -156,13 +156,15 @@ impl Iptables {
                 .filter(|rule| rule.is_v6() == (family == Family::V6))
                 .collect();
             if rules.is_empty() {
-                self.remove_family(family, &Chain::ALL)?;
+                remove(family, &Chain::ALL)?;
                 continue;
             }
-            let random_fully = firewall.random_fully && self.programs(family)?.takes_random_fully();
+            let (chains, others): (Vec<_>, Vec<_>) = Chain::ALL.into_iter().partition(|chain| chain.is_of(firewall));
+            let programs = self.working(family, &chains)?;
+            let random_fully = firewall.masquerade && firewall.random_fully && programs.takes_random_fully();
             let rules: Vec<Rule> = rules.into_iter().map(|rule| rule.at_random(random_fully)).collect();
-            for table in Chain::ALL.into_iter().filter(|chain| chain.is_of(firewall)) {
-                let programs = self.programs(family)?;
+            for table in chains {
+                let programs = self.working(family, &[table])?;
                 let wanted = text::rules(table, &rules, &firewall.uplink);
                 let before = Shown::parse(table, &programs.save(table)?);
                 programs.restore(&text::replacement(table, &wanted, &before))?;
@@ -183,8 +185,7 @@ impl Iptables {
                 written.insert((family, table), shown.rules);
             }
             // What the other form left goes once this one stands.
-            let others: Vec<Chain> = Chain::ALL.into_iter().filter(|chain| !chain.is_of(firewall)).collect();
-            self.remove_family(family, &others)?;
+            remove(family, &others)?;
         }
         self.written = Some((firewall.clone(), written));
         // In nf_tables our own writes count too, and another hand may have come between two of them: with no generation
@@ -245,53 +246,67 @@ impl Iptables {
     pub fn remove(&mut self) -> Result<(), Error> {
         self.written = None;
         self.lost = Counters::default();
-        Family::ALL
-            .into_iter()
-            .try_for_each(|family| self.remove_family(family, &Chain::ALL))
+        Family::ALL.into_iter().try_for_each(|family| remove(family, &Chain::ALL))
     }
 
     /// What the guard has dropped, both families together; zeros where our chains are absent.
     pub fn counters(&mut self) -> Result<Counters, Error> {
         let mut counters = self.lost;
-        for family in Family::ALL {
-            let Ok(programs) = self.programs(family) else { continue };
-            for way in Way::ALL {
-                let table = Chain::of(way);
-                let dropped = Shown::parse(table, &programs.save(table)?).dropped;
+        let mut count = |chain: Chain, saved: &str| {
+            if let Some(way) = chain.way() {
+                let dropped = Shown::parse(chain, &text::part(chain, saved)).dropped;
                 let tally = counters.of(way);
                 tally.packets += dropped.packets;
                 tally.bytes += dropped.bytes;
+            }
+        };
+        if let Some((_, standing)) = &self.written {
+            for (family, chain) in standing.keys().filter(|(_, chain)| chain.way().is_some()) {
+                count(*chain, &self.programs[family].save(*chain)?);
+            }
+        } else {
+            // Another process wrote them, if they are there: with whichever programs.
+            for (_, saved) in Family::ALL.into_iter().flat_map(every_table) {
+                Chain::ALL.into_iter().for_each(|chain| count(chain, &saved));
             }
         }
         Ok(counters)
     }
 
-    fn remove_family(&mut self, family: Family, chains: &[Chain]) -> Result<(), Error> {
-        // Where a family has no programs that work, it has no rules either.
-        let Ok(programs) = self.programs(family) else {
-            return Ok(());
-        };
-        let saved = programs.save_all()?;
+    /// `-legacy`, `-nft` or nothing: of the programs that work on the tables of an encrypted mesh.
+    #[cfg(test)]
+    pub(crate) fn variant(&mut self) -> String {
+        let programs = self.working(Family::V4, &Chain::NEEDED).expect("iptables works");
+        programs.variant()
+    }
+
+    /// Programs that can change the tables of `chains`.
+    fn working(&mut self, family: Family, chains: &[Chain]) -> Result<&Programs, Error> {
+        let known = self.programs.get_mut(&family).map(|programs| programs.works(chains));
+        if !matches!(known, Some(Ok(()))) {
+            self.programs.insert(family, Programs::find(family, chains)?);
+        }
+        Ok(&self.programs[&family])
+    }
+}
+
+/// Removes these of our chains, and the jumps to them, by whichever programs they were written.
+fn remove(family: Family, chains: &[Chain]) -> Result<(), Error> {
+    for (programs, saved) in every_table(family) {
         for &table in chains {
             let shown = Shown::parse(table, &text::part(table, &saved));
             if let Some(script) = text::removal(table, &shown) {
                 programs.restore(&script)?;
             }
         }
-        Ok(())
     }
+    Ok(())
+}
 
-    /// `-legacy`, `-nft` or nothing.
-    #[cfg(test)]
-    pub(crate) fn variant(&self) -> String {
-        self.programs[&Family::V4].variant()
-    }
-
-    fn programs(&mut self, family: Family) -> Result<&Programs, Error> {
-        use std::collections::btree_map::Entry;
-        match self.programs.entry(family) {
-            Entry::Occupied(found) => Ok(found.into_mut()),
-            Entry::Vacant(place) => Ok(place.insert(Programs::find(family)?)),
-        }
-    }
+/// What each of the installed programs shows of all tables that are there. Where one does not work, it has no rules either.
+fn every_table(family: Family) -> impl Iterator<Item = (Programs, String)> {
+    Programs::installed(family).into_iter().filter_map(|programs| {
+        let saved = programs.save_all().ok()?;
+        Some((programs, saved))
+    })
 }

@@ -1,6 +1,8 @@
 //! Running `iptables-save` and `iptables-restore`: which ones, with a clean environment, for a bounded time.
 
 use std::cell::{Cell, OnceCell};
+use std::collections::BTreeSet;
+use std::ffi::OsString;
 use std::io::{Read, Write};
 use std::path::PathBuf;
 use std::process::{Command, ExitStatus, Stdio};
@@ -18,11 +20,13 @@ const USUAL_PATH: &str = "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbi
 /// Longest text of a program that goes into an error, in characters.
 const MESSAGE_LENGTH: usize = 400;
 
-/// A pair of programs that works on this kernel.
+/// A pair of programs.
 #[derive(Debug)]
 pub(super) struct Programs {
     save: PathBuf,
     restore: PathBuf,
+    /// The tables that it was seen to change.
+    works_on: BTreeSet<&'static str>,
     /// The answer of [`Programs::takes_random_fully`], once asked.
     random_fully: OnceCell<bool>,
     /// Whether the rules that were last shown are in nf_tables.
@@ -30,55 +34,69 @@ pub(super) struct Programs {
 }
 
 impl Programs {
-    /// The plain ones if they can change every table that we use, else `-legacy`, else `-nft`: what the administrator
-    /// chose goes first, since rules of two kinds on one node surprise everyone.
-    pub(super) fn find(family: Family) -> Result<Self, Error> {
-        let path = std::env::var_os("PATH").unwrap_or_else(|| USUAL_PATH.into());
+    /// Of the pairs that are installed, the first that can change the tables of `chains`: the plain ones, else `-legacy`,
+    /// else `-nft`. What the administrator chose goes first, since rules of two kinds on one node surprise everyone.
+    pub(super) fn find(family: Family, chains: &[Chain]) -> Result<Self, Error> {
+        let mut last = None;
+        for mut programs in Self::installed(family) {
+            match programs.works(chains) {
+                Ok(()) => return Ok(programs),
+                Err(error) => last = Some(error),
+            }
+        }
+        Err(last.unwrap_or_else(|| Error::Missing {
+            family,
+            path: path().to_string_lossy().into_owned(),
+        }))
+    }
+
+    /// The pairs that are installed, each program once, in the order of preference.
+    pub(super) fn installed(family: Family) -> Vec<Self> {
+        let path = path();
         let installed = |name: &str| {
             std::env::split_paths(&path)
                 .map(|dir| dir.join(name))
                 .find(|file| file.is_file())
         };
-        let mut last = None;
-        for variant in ["", "-legacy", "-nft"] {
-            let pair = (
-                installed(&format!("{family}tables{variant}-save")),
-                installed(&format!("{family}tables{variant}-restore")),
-            );
-            let (Some(save), Some(restore)) = pair else { continue };
-            let random_fully = OnceCell::new();
-            let programs = Self {
+        let mut seen = BTreeSet::new();
+        let pairs = ["", "-legacy", "-nft"].into_iter().filter_map(|variant| {
+            let save = installed(&format!("{family}tables{variant}-save"))?;
+            let restore = installed(&format!("{family}tables{variant}-restore"))?;
+            // The plain names are links to one of the others.
+            let new = seen.insert(save.canonicalize().unwrap_or_else(|_| save.clone()));
+            new.then(|| Self {
                 save,
                 restore,
-                random_fully,
+                works_on: BTreeSet::new(),
+                random_fully: OnceCell::new(),
                 by_nft: Cell::new(false),
-            };
-            match programs.works() {
-                Ok(()) => return Ok(programs),
-                Err(error) => last = Some(error),
-            }
-        }
-        let path = path.to_string_lossy().into_owned();
-        Err(last.unwrap_or(Error::Missing { family, path }))
+            })
+        });
+        pairs.collect()
     }
 
-    /// Makes and deletes a chain in one commit, in each table. Reading alone says too little: the nft variant shows
+    /// Makes and deletes a chain in one commit, in each table of `chains`, and in no other: a table that is once asked for
+    /// stands in the kernel from then on, in the way of every packet. Reading alone says too little: the nft variant shows
     /// tables of families that the kernel's nf_tables lacks.
-    fn works(&self) -> Result<(), Error> {
-        for table in Chain::NEEDED {
-            self.restore(&text::question(table)).map_err(|error| match error {
+    pub(super) fn works(&mut self, chains: &[Chain]) -> Result<(), Error> {
+        for &chain in chains {
+            if self.works_on.contains(chain.table()) {
+                continue;
+            }
+            self.restore(&text::question(chain)).map_err(|error| match error {
                 Error::Failed { program, message, .. } => Error::Unusable {
                     program,
-                    table: table.table(),
+                    table: chain.table(),
                     message,
                 },
                 other => other,
             })?;
+            self.works_on.insert(chain.table());
         }
         Ok(())
     }
 
-    /// Whether MASQUERADE can pick ports wholly at random; iptables before 1.6.2 can't. Changes nothing.
+    /// Whether MASQUERADE can pick ports wholly at random; iptables before 1.6.2 can't. Changes nothing in the table `nat`.
     pub(super) fn takes_random_fully(&self) -> bool {
         let ask = || self.restore(&text::random_fully_question()).is_ok();
         *self.random_fully.get_or_init(ask)
@@ -119,6 +137,11 @@ impl Programs {
     pub(super) fn save_name(&self) -> String {
         self.save.display().to_string()
     }
+}
+
+/// Where programs are looked for.
+fn path() -> OsString {
+    std::env::var_os("PATH").unwrap_or_else(|| USUAL_PATH.into())
 }
 
 /// Runs `program` with `input` and gives what it wrote. Its environment holds PATH alone.
@@ -239,6 +262,7 @@ mod tests {
             let programs = Programs {
                 save: restore.clone(),
                 restore,
+                works_on: BTreeSet::new(),
                 random_fully: OnceCell::new(),
                 by_nft: Cell::new(false),
             };

@@ -26,7 +26,8 @@ impl Chain {
     /// In the order of writing: the guard first.
     pub(super) const ALL: [Self; 5] = [Self::Raw, Self::Mangle, Self::Nat, Self::Masquerade, Self::Forward];
 
-    /// One in each table without which a mesh has no guard and no translation.
+    /// Those of an encrypted mesh.
+    #[cfg(test)]
     pub(super) const NEEDED: [Self; 3] = [Self::Raw, Self::Mangle, Self::Nat];
 
     /// Whether a filter of this form has the chain.
