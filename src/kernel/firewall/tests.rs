@@ -1,5 +1,6 @@
 //! The rules as values, and both managers in real kernels. The latter need root and make namespaces of their own.
 
+use std::collections::BTreeSet;
 use std::net::SocketAddr;
 use std::time::Duration;
 

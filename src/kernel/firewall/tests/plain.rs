@@ -21,6 +21,7 @@ in_both_kernels!(
     flannels_leftovers_go_and_others_rules_stay,
     each_form_leaves_nothing_of_the_other,
     a_change_of_flannels_chains_by_hand_is_seen,
+    no_table_is_set_up_that_no_rule_is_in,
 );
 
 fn plain() -> Firewall {
@@ -98,6 +99,30 @@ fn iptables_lists_flannels_chains_word_for_word() {
                 + &show("filter", "FLANNEL-FWD");
             assert_eq!(listing, golden, "{program}");
         }
+    });
+}
+
+/// An empty table costs every packet of the namespace a look.
+fn no_table_is_set_up_that_no_rule_is_in() {
+    let node = Net::new();
+    node.run(|| {
+        let tables = || {
+            let names = std::fs::read_to_string("/proc/thread-self/net/ip_tables_names").unwrap_or_default();
+            names.lines().map(str::to_owned).collect::<BTreeSet<_>>()
+        };
+        let before = tables();
+        let mut manager = Manager::open(false).expect("a manager");
+        let Firewall { networks, own, .. } = plain();
+        let mut apply = |masquerade, forward| {
+            let rules = Firewall::plain(networks.clone(), own, masquerade, true, forward);
+            manager.apply(&rules).expect("applied");
+            manager.remove_other().expect("removed");
+            manager.counters().expect("counted");
+            &tables() - &before
+        };
+        assert_eq!(apply(false, false), BTreeSet::new());
+        assert!(apply(false, true).is_subset(&BTreeSet::from(["filter".to_owned()])));
+        assert!(apply(true, false).is_subset(&BTreeSet::from(["filter".to_owned(), "nat".to_owned()])));
     });
 }
 
