@@ -208,7 +208,8 @@ impl Plain {
             served.lacks = Some(Unserved::Silent);
             return served;
         }
-        if lease.backend != self.lease_type() {
+        // flannel leaves some types out of a lease; one that says such a type means it.
+        if lease.backend != self.lease_type() && lease.backend != self.name() {
             served.lacks = Some(Unserved::OtherBackend {
                 theirs: lease.backend.chars().take(32).collect(),
                 ours: self.name(),

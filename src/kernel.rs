@@ -12,6 +12,7 @@ pub mod iptables;
 pub mod mtu;
 pub mod netlink;
 pub mod nft;
+mod offload;
 pub mod sysctl;
 
 use std::collections::{BTreeMap, BTreeSet};

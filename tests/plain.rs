@@ -238,6 +238,17 @@ fn a_subnet_that_moves_to_another_node_in_one_pass_stays_routed() {
 }
 
 #[test]
+fn a_lease_that_says_a_type_which_flannel_leaves_out_means_it() {
+    let plain = Plain::Udp(udp::Settings { port: 8285 });
+    let said = Arc::new(Lease {
+        backend: "udp".into(),
+        ..Lease::clone(&lease(Families::V4, &plain, 2, 2))
+    });
+    let reconciler = running(&plain, &[said]);
+    assert!(reconciler.actual().keys().any(|key| matches!(key, Key::Route(_))));
+}
+
+#[test]
 fn a_subnet_that_two_nodes_claim_is_served_to_neither() {
     let plain = Plain::HostGw;
     let one = lease(Families::V4, &plain, 2, 2);

@@ -201,8 +201,13 @@ pub(super) fn describe(object: &Object) -> String {
     }
 }
 
-fn describe_device(Device { kind, mtu, up }: &Device) -> String {
+fn describe_device(Device { kind, mtu, up, sound }: &Device) -> String {
     let down = if *up { "" } else { ", down" };
+    let sound = if *sound {
+        ""
+    } else {
+        ", checksums spoiled by this kernel"
+    };
     let kind = match kind {
         DeviceKind::Sink => String::new(),
         DeviceKind::Vxlan(vxlan) => format!(
@@ -217,7 +222,7 @@ fn describe_device(Device { kind, mtu, up }: &Device) -> String {
         DeviceKind::Ipip { local } => format!(", ipip local {local}"),
         DeviceKind::Tun => ", tun".into(),
     };
-    format!("mtu {mtu}{kind}{down}")
+    format!("mtu {mtu}{kind}{down}{sound}")
 }
 
 fn describe_route(Route { link, via, source, mtu }: &Route) -> String {

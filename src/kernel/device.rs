@@ -13,12 +13,25 @@ pub struct Device {
     pub mtu: u32,
     /// Whether it is set up; a device that is down has lost its routes. False only as read, nobody wants it so.
     pub up: bool,
+    /// Whether checksums of what it sends come out right. False only as read, where the kernel spoils what it leaves to
+    /// the device.
+    pub sound: bool,
 }
 
 impl Device {
     /// A device that is up.
     pub fn new(kind: DeviceKind, mtu: u32) -> Self {
-        Self { kind, mtu, up: true }
+        Self {
+            kind,
+            mtu,
+            up: true,
+            sound: true,
+        }
+    }
+
+    /// Whether the kernel leaves checksums of what it wraps to it.
+    pub fn leaves_checksums(&self) -> bool {
+        matches!(self.kind, DeviceKind::Vxlan(_))
     }
 
     /// Whether `self` becomes `wanted` by setting MTU, address or state, and need not be made anew.

@@ -32,6 +32,7 @@ use std::rc::Rc;
 use xfrm::{Connection, KernelError, Protocol, SaId, Xfrm};
 
 use super::firewall::{self, Firewall, Manager};
+use super::offload;
 use super::sysctl::Sysctl;
 use super::{Counters, Datapath, Key, Kind, Look, Object, Objects, Op, Refused, Write, WriteError};
 #[cfg(doc)]
@@ -79,6 +80,8 @@ pub struct Netlink {
     sysctls: BTreeSet<String>,
     known: Rc<RefCell<link::Known>>,
     sinks: &'static [link::Sink],
+    /// Whether checksums must be kept from VXLAN devices; see [`offload`].
+    spoils_checksums: bool,
 }
 
 impl Netlink {
@@ -96,6 +99,9 @@ impl Netlink {
             sysctls: BTreeSet::new(),
             known: Rc::default(),
             sinks: &link::Sink::ALL,
+            spoils_checksums: Sysctl::new("kernel/osrelease", "")
+                .read()
+                .is_ok_and(|release| offload::spoils_checksums(&release)),
         })
     }
 
@@ -161,6 +167,18 @@ impl Netlink {
         Ok(())
     }
 
+    fn apply_link(&mut self, op: &Op) -> Result<(), WriteError> {
+        link::apply(&mut self.route, self.sinks, &self.known, op)?;
+        match op {
+            Op::Make(Key::Link(name), Object::Link(device)) | Op::Change(Key::Link(name), Object::Link(device))
+                if self.spoils_checksums && device.leaves_checksums() =>
+            {
+                offload::turn_off(name).map_err(|error| failed(op, &error))
+            }
+            _ => Ok(()),
+        }
+    }
+
     fn apply_sysctl(&mut self, op: &Op) -> Result<(), WriteError> {
         let (path, value) = match op {
             Op::Make(Key::Sysctl(path), Object::Sysctl(value))
@@ -189,6 +207,13 @@ impl Datapath for Netlink {
         }
         objects.extend(self.dump_firewall()?.map(|firewall| (Key::Firewall, firewall)));
         link::dump(&mut self.route, &self.known, &mut objects)?;
+        if self.spoils_checksums {
+            for (key, object) in &mut objects {
+                if let (Key::Link(name), Object::Link(device)) = (key, object) {
+                    device.sound = !device.leaves_checksums() || !offload::is_on(name).unwrap_or(false);
+                }
+            }
+        }
         route::dump(&mut self.route, &self.known, &mut objects)?;
         neighbour::dump(&mut self.route, &self.known, &mut objects)?;
         ipsec::dump(&mut self.xfrm, &mut objects)?;
@@ -203,9 +228,7 @@ impl Datapath for Netlink {
         match kind {
             Kind::Sysctl => each(writes, &mut |op| self.apply_sysctl(op)),
             Kind::Firewall => each(writes, &mut |op| self.apply_firewall(op)),
-            Kind::Link => each(writes, &mut |op| {
-                link::apply(&mut self.route, self.sinks, &self.known, op)
-            }),
+            Kind::Link => each(writes, &mut |op| self.apply_link(op)),
             Kind::Address => each(writes, &mut |op| link::apply_address(&mut self.route, &self.known, op)),
             Kind::GuardRoute | Kind::Route => route::apply(&mut self.route, &self.known, &ops(writes)),
             Kind::Neighbour | Kind::Fdb => neighbour::apply(&mut self.route, &self.known, &ops(writes)),

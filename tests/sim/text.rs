@@ -78,7 +78,7 @@ fn line(key: &Key, object: &Object) -> String {
     }
 }
 
-fn link(name: &str, Device { kind, mtu, up }: &Device) -> String {
+fn link(name: &str, Device { kind, mtu, up, .. }: &Device) -> String {
     let kind = match kind {
         DeviceKind::Sink => "dummy".into(),
         DeviceKind::Vxlan(vxlan) => format!(

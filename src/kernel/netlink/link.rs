@@ -190,9 +190,8 @@ pub(super) fn object(link: &Link) -> Object {
         None => DeviceKind::Sink,
     };
     Object::Link(Box::new(Device {
-        kind,
-        mtu: link.mtu,
         up: link.up,
+        ..Device::new(kind, link.mtu)
     }))
 }
 

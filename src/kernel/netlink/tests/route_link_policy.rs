@@ -1,6 +1,8 @@
 //! What needs root and no ESP: policies, routes, device, addresses.
 
 use super::*;
+use crate::kernel::device::{Mac, Vxlan};
+use crate::kernel::diff;
 
 #[test]
 #[ignore = "needs root"]
@@ -365,5 +367,42 @@ fn a_sysctl_is_written_shown_and_left_as_it_is_when_no_longer_wanted() {
         let missing = Key::Sysctl("net/ipv4/no_such_thing".into());
         let refused = one(&mut netlink, Op::Make(missing, Object::Sysctl("1".into()))).expect_err("absent");
         assert!(chain(&refused.error).contains("no_such_thing"));
+    });
+}
+
+#[test]
+#[ignore = "needs root"]
+fn a_vxlan_device_keeps_no_checksums_where_the_kernel_would_spoil_them() {
+    in_namespace(|| {
+        ip("link add eth0 type dummy");
+        ip("link set eth0 up");
+        let mut netlink = open();
+        let kind = DeviceKind::Vxlan(Vxlan {
+            vni: 1,
+            port: 8472,
+            local: addr("192.0.2.1"),
+            parent: nix::net::if_::if_nametoindex("eth0").expect("eth0"),
+            learning: false,
+            gbp: false,
+            mac: Mac([2, 0, 0, 0, 0, 1]),
+        });
+        let wanted = Objects::from([(
+            Key::Link("flannel.1".into()),
+            Object::Link(Box::new(Device::new(kind, 1450))),
+        )]);
+        let pass = |netlink: &mut Netlink| {
+            let actual = netlink.dump().expect("dump");
+            let owned = actual.keys().cloned().collect();
+            let ops = diff(&wanted, &owned, &actual);
+            must(netlink, ops.clone(), &Keys::new());
+            ops.len()
+        };
+        assert_eq!(pass(&mut netlink), 1, "made");
+        assert_eq!(offload::is_on("flannel.1").ok(), Some(true), "this kernel is right");
+        assert_eq!(pass(&mut netlink), 0, "as it should be");
+        netlink.spoils_checksums = true;
+        assert_eq!(pass(&mut netlink), 1, "changed");
+        assert_eq!(offload::is_on("flannel.1").ok(), Some(false));
+        assert_eq!(pass(&mut netlink), 0, "as it should be");
     });
 }
