@@ -11,6 +11,7 @@ use super::{Common, Failure, Shown};
 use crate::admin::{Request, ask};
 use crate::node::report::{PeerReport, Report, State};
 use crate::node::{PskReport, some};
+use crate::tunnel::{self, Offload};
 
 /// Show how this node and each of its peers stand.
 #[derive(Debug, Args)]
@@ -158,12 +159,40 @@ fn head(report: &Report) -> String {
         ),
         ("peers", summary(&report.peers)),
     ];
+    let tunnel = report.tunnel.as_ref().map(|tunnel| ("tunnel", carried(tunnel)));
     let line = |(name, value): &(&str, String)| {
         let wrapped = wrap(&clean(value, false), 8);
         format!("{name:8}{}", wrapped.trim_start())
     };
-    let lines: Vec<(&str, String)> = above.into_iter().chain(psks).chain(below).collect();
+    let lines: Vec<(&str, String)> = above.into_iter().chain(psks).chain(below).chain(tunnel).collect();
     lines.iter().map(line).collect()
+}
+
+/// What the udp backend's tunnel has carried, what it has dropped and what of the kernel it does without.
+fn carried(tunnel: &tunnel::Counters) -> String {
+    let packets = |number: u64| count(usize::try_from(number).unwrap_or(usize::MAX), "packet");
+    let mut text = format!(
+        "sent {} ({}), received {} ({})",
+        packets(tunnel.sent_packets),
+        bytes(tunnel.sent_bytes),
+        packets(tunnel.received_packets),
+        bytes(tunnel.received_bytes)
+    );
+    let dropped: Vec<String> = tunnel
+        .dropped
+        .iter()
+        .filter(|(number, _)| *number > 0)
+        .map(|(number, reason)| format!("{number} {reason}"))
+        .collect();
+    if !dropped.is_empty() {
+        text += &format!("; dropped {}", dropped.join(", "));
+    }
+    for (name, offload) in tunnel.offloads.iter() {
+        if let Offload::Off(reason) = offload {
+            text += &format!("; no {name}: {reason}");
+        }
+    }
+    text
 }
 
 /// A PSK and who has it.

@@ -18,6 +18,7 @@ use crate::kernel::{Datapath as _, Key, Kind, Look, Object, Objects, Op, Refused
 use crate::node::PskReport;
 use crate::node::report::Report;
 use crate::testing::Folder;
+use crate::tunnel::{Counters, Offload};
 
 const PLAIN: Style = Style { colour: false };
 
@@ -146,6 +147,30 @@ fn status_shows_what_is_wrong_with_the_node() {
         !text.contains('\u{1b}') && !text.contains("\nfaked"),
         "a store can't drive the terminal"
     );
+}
+
+#[test]
+fn status_of_an_unencrypted_mesh_says_so_and_what_its_tunnel_dropped() {
+    let mut report = report();
+    report.backend = "udp".into();
+    report.peers.truncate(1);
+    let peer = &mut report.peers[0];
+    peer.state = crate::node::report::State::Plain;
+    (peer.generation, peer.spi_out, peer.spi_in, peer.encap, peer.heard) = (None, None, None, None, None);
+    let mut tunnel = Counters {
+        sent_packets: 12_345,
+        sent_bytes: 17_000_000,
+        received_packets: 1,
+        received_bytes: 1400,
+        ..Counters::default()
+    };
+    (tunnel.dropped.no_lease, tunnel.dropped.too_big) = (7, 3);
+    tunnel.offloads.udp_gro = Offload::Off("Protocol not available (os error 92)".into());
+    let through_json = serde_json::to_value(&tunnel).unwrap();
+    assert_eq!(serde_json::from_value::<Counters>(through_json).unwrap(), tunnel);
+    report.tunnel = Some(tunnel);
+    golden("status-udp.txt", &status::render(&report, PLAIN));
+    assert!(status::well(&report));
 }
 
 #[test]

@@ -32,6 +32,7 @@ fn status(turn: &mut Turn) -> Report {
     let mut report = turn.reconciler.node.report(&counters, turn.now());
     let roster = turn.inputs.roster.borrow();
     report.encap_kept = turn.sockets.kept_over_restart();
+    report.tunnel = turn.tunnels.counters();
     report.complete = roster.completeness == Completeness::Complete;
     report.rejected.clone_from(roster.rejected());
     drop(roster);

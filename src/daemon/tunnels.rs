@@ -9,7 +9,7 @@ use tracing::{error, info, warn};
 use crate::backend::udp;
 use crate::node::plain::TunnelPlan;
 use crate::reconcile::chain;
-use crate::tunnel::{Config, Features, Routes, State, Tunnel};
+use crate::tunnel::{Config, Counters, Features, Routes, State, Tunnel};
 
 /// The first wait before a tunnel that failed is started anew; it doubles up to [`SLOWEST`].
 const FIRST: Duration = Duration::from_millis(50);
@@ -101,6 +101,11 @@ impl Tunnels {
         if !ended {
             std::future::pending::<()>().await;
         }
+    }
+
+    /// What the tunnel that runs has carried and dropped.
+    pub(super) fn counters(&self) -> Option<Counters> {
+        self.running.as_ref().map(|running| running.tunnel.counters())
     }
 
     /// Why there is no tunnel where one is wanted.

@@ -14,6 +14,7 @@ use crate::backend::{Plain, ipsec};
 use crate::epochs::{Data, Generation};
 use crate::kernel::{Counters, Key, Object, Scope};
 use crate::lease::NodeName;
+use crate::tunnel;
 
 /// The whole picture, as JSON shows it.
 #[derive(Clone, Debug, Deserialize, PartialEq, Serialize)]
@@ -41,6 +42,9 @@ pub struct Report {
     /// in by UDP while the daemon does not run. `None` where there are no such sockets.
     #[serde(default)]
     pub encap_kept: Option<bool>,
+    /// What the udp backend's tunnel has carried and dropped since its start; `None` under the others.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub tunnel: Option<tunnel::Counters>,
     /// The newest own epoch.
     pub epoch: Option<u64>,
     /// Its age, seconds.
@@ -178,6 +182,7 @@ impl Node {
             },
             encap: mode(self.settings.encap.mode).into(),
             encap_kept: None,
+            tunnel: None,
             epoch: newest.map(|(epoch, _)| epoch.0),
             epoch_age: newest.map(|(_, own)| now.saturating_sub(own.begun).as_secs()),
             next_epoch: self.next_epoch().map(|(at, cause)| NextEpoch {

@@ -3,8 +3,11 @@
 use std::fmt;
 use std::sync::atomic::{AtomicU64, Ordering};
 
+use serde::{Deserialize, Serialize};
+
 /// What a tunnel has done since its start, over all workers.
-#[derive(Clone, Debug, Default, Eq, PartialEq)]
+#[derive(Clone, Debug, Default, Deserialize, Eq, PartialEq, Serialize)]
+#[serde(default)]
 pub struct Counters {
     /// Inner packets that were sent to peers, each of a segmented one counted.
     pub sent_packets: u64,
@@ -35,7 +38,8 @@ pub struct Counters {
 }
 
 /// Packets that were dropped, by reason. From [`Self::no_lease`] on those that came from peers.
-#[derive(Clone, Copy, Debug, Default, Eq, PartialEq)]
+#[derive(Clone, Copy, Debug, Default, Deserialize, Eq, PartialEq, Serialize)]
+#[serde(default)]
 pub struct Dropped {
     /// No peer has a subnet with the destination.
     pub no_route: u64,
@@ -57,8 +61,9 @@ pub struct Dropped {
     pub device: u64,
 }
 
-/// Whether an offload is in use.
-#[derive(Clone, Debug, Default, Eq, PartialEq)]
+/// Whether an offload is in use; as JSON a text, "on" or "off: …".
+#[derive(Clone, Debug, Default, Deserialize, Eq, PartialEq, Serialize)]
+#[serde(from = "String", into = "String")]
 pub enum Offload {
     /// It is.
     #[default]
@@ -68,7 +73,8 @@ pub enum Offload {
 }
 
 /// What is in use of the kernel's offloads.
-#[derive(Clone, Debug, Default, Eq, PartialEq)]
+#[derive(Clone, Debug, Default, Deserialize, Eq, PartialEq, Serialize)]
+#[serde(default)]
 pub struct Offloads {
     /// `virtio_net_hdr` and segmentation of TCP at the device.
     pub vnet_header: Offload,
@@ -82,6 +88,54 @@ pub struct Offloads {
     pub udp_segment: Offload,
     /// Many datagrams in one received message.
     pub udp_gro: Offload,
+}
+
+impl Dropped {
+    /// The numbers, each with its reason in words.
+    pub fn iter(&self) -> impl Iterator<Item = (u64, &'static str)> + use<> {
+        [
+            (self.no_lease, "from an address without a lease"),
+            (self.foreign_source, "with a source of another node's"),
+            (self.received_malformed, "not a whole packet"),
+            (self.no_route, "without a route"),
+            (self.too_big, "larger than the MTU"),
+            (self.ttl, "with no time to live left"),
+            (self.malformed, "malformed by a pod"),
+            (self.send, "refused by the socket"),
+            (self.device, "refused by the device"),
+        ]
+        .into_iter()
+    }
+}
+
+impl Offloads {
+    /// Each with its name.
+    pub fn iter(&self) -> impl Iterator<Item = (&'static str, &Offload)> {
+        [
+            ("segmentation at the device", &self.vnet_header),
+            ("segmentation of UDP at the device", &self.udp_split),
+            ("coalescing of TCP", &self.tcp_coalescing),
+            ("coalescing of UDP", &self.udp_coalescing),
+            ("UDP_SEGMENT", &self.udp_segment),
+            ("UDP_GRO", &self.udp_gro),
+        ]
+        .into_iter()
+    }
+}
+
+impl From<String> for Offload {
+    fn from(text: String) -> Self {
+        match text.strip_prefix("off: ") {
+            Some(reason) => Self::Off(reason.to_owned()),
+            None => Self::On,
+        }
+    }
+}
+
+impl From<Offload> for String {
+    fn from(offload: Offload) -> Self {
+        offload.to_string()
+    }
 }
 
 impl fmt::Display for Offload {

@@ -138,3 +138,6 @@ def takes(mesh):
             lab.wire.inject(1, good)
             payload, caller = receiver.recvfrom(2000)
             assert payload == PAYLOAD and caller[:2] == (there.address(family), PORTS[0]), (payload, caller)
+    if mesh.backend["Type"] == "udp":
+        dropped, families = lab.node(1).status()["tunnel"]["dropped"], len(mesh.families)
+        assert dropped["no_lease"] == families and dropped["received_malformed"] == 2 * families, dropped
