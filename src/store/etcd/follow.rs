@@ -67,8 +67,20 @@ async fn follow_once(shared: &Shared) -> Result<(), StoreError> {
             }
         };
         let Some(response) = heard else { return Ok(()) };
-        if response.canceled() || response.compact_revision() != 0 {
+        if response.compact_revision() != 0 {
             return Ok(());
+        }
+        if response.canceled() {
+            // No rights any more, or no leader: it says so, or not.
+            let why = match response.cancel_reason() {
+                "" => "etcd ended the watch",
+                reason => reason,
+            };
+            return Err(StoreError::Etcd {
+                doing: "watch the leases",
+                why: why.into(),
+                transient: true,
+            });
         }
         revision = response
             .header()
