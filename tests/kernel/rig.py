@@ -111,7 +111,8 @@ class Place:
         server = netns.spawn(target.namespace, ["iperf3", "-s", "-1"], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
         try:
             command = ["iperf3", "-J", "-t", str(seconds), "-P", str(streams), *arguments, "-c", target.address(family)]
-            listening = lambda: f":{5201:04X} " in netns.read(target.namespace, "tcp6")  # noqa: E731
+            # Its port, any peer, the state LISTEN: connections of the server before it stay in the table for a minute.
+            listening = lambda: re.search(r":1451 0+:0000 0A ", netns.read(target.namespace, "tcp6"))  # noqa: E731
             eventually("iperf3 listens", listening, 5, 0.05)
             report = json.loads(self.run(command, timeout=seconds + 30))
             assert "error" not in report, report["error"]
