@@ -1,9 +1,9 @@
 """The udp backend's packet path: two nodes joined by veth, MTU 1500, pods behind each; against VXLAN of the same kernel
 between the same nodes, taking turns.
 
-Needs no ESP, and so runs in the machine's own kernel. flannel's own proxy has no row, since flanneld is not part of this
-repository and wants etcd; instead the tunnel with all its offloads off is measured, which does what that proxy does: a
-packet, a datagram, a system call each."""
+Needs no ESP, and so runs in the machine's own kernel. Where FLANNELD=/path names a flanneld, its proxy is measured too
+(proxy.py); in any case the tunnel with all its offloads off is, which does what that proxy does: a packet, a datagram, a
+system call each."""
 
 import contextlib
 import itertools
@@ -197,6 +197,8 @@ def throughput(nodes, rounds, seconds, pods, streams, what, limit):
 
 def udp(programs, quick):
     """All rows of the table."""
+    import proxy  # it is made of what is here
+
     rounds, seconds = (2, 1) if quick else (5, 3)
     nodes = Nodes(programs.tunnel)
     try:
@@ -217,6 +219,7 @@ def udp(programs, quick):
         rows.append(ratio("udp: question and answer, median", "µs", *interleaved(rounds, *sides), "VXLAN"))
         rows += [merging(nodes)]
         rows.append(plain(nodes, rounds, seconds))
+        rows += proxy.against_flannel(nodes, programs.tunnel, rounds, seconds)
         nodes.without_segmentation()
         for streams, limit in ((1, 0.85), (8, 1.0)):
             what = f"udp: TCP, underlay without segmentation, {streams} stream{'s' if streams > 1 else ''}"
