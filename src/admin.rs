@@ -11,7 +11,9 @@
 //! daemon a node; [`Remembered`] is what the daemon leaves in the folder for `ringmail cleanup`.
 
 mod client;
+pub mod http;
 mod listen;
+pub mod metrics;
 mod remembered;
 mod single;
 #[cfg(test)]
@@ -32,6 +34,8 @@ use tracing::{debug, warn};
 use crate::audit::Audit;
 use crate::lease::{Lease, NodeName};
 use crate::node::report::Report;
+
+use metrics::Measures;
 
 pub use client::{AskError, ask};
 pub use listen::{ListenError, Listener, listen};
@@ -87,6 +91,11 @@ pub enum Command {
     Rotate {
         /// Takes the new epoch once it has begun, or why none can begin, with the remedy.
         reply: oneshot::Sender<Result<Rotation, String>>,
+    },
+    /// What health and metrics are made of. Not asked over the socket.
+    Measure {
+        /// Takes it.
+        reply: oneshot::Sender<Measures>,
     },
     /// All leases, as this node judges them.
     Leases {

@@ -19,7 +19,7 @@ use tokio::signal::unix::{SignalKind, signal};
 use tokio::sync::{mpsc, oneshot, watch};
 use tracing::{info, warn};
 
-use crate::admin::{self, Remembered, RememberedEtcd, RememberedKube, Single};
+use crate::admin::{self, Remembered, RememberedEtcd, RememberedKube, Single, http};
 use crate::config::flags::Environment;
 use crate::config::{self, Backend, Flags, NetConf, PskSource, Tuning, check_overlap};
 use crate::kernel::netlink::{Netlink, Options};
@@ -70,6 +70,11 @@ async fn start(flags: &Flags, manager: Manager, kept: Kept) -> Result<(), StartE
         warn!("{warning}");
     }
     let _single = Single::claim(&flags.run_dir).context("be this node's only daemon")?;
+    let way = http::Loop::default();
+    for address in flags.http() {
+        let listener = http::bind(address).await.map_err(anyhow::Error::from)?;
+        tokio::spawn(http::serve(listener, way.clone()));
+    }
     let chosen = flags.store().map_err(|e| wrong(e.into()))?;
     let mut flags = flags.clone();
     let mut kube = None;
@@ -159,6 +164,7 @@ async fn start(flags: &Flags, manager: Manager, kept: Kept) -> Result<(), StartE
         .spawn(move || turn_thread(options, inputs, outputs, sockets, resync, started_in))
         .context("start the loop")?;
     started.await.context("the loop ended at its start")??;
+    let _ = way.set(command_in.clone());
     tokio::spawn(admin::serve(listener, command_in));
 
     // The guard stands; now a subnet may be taken.

@@ -39,7 +39,7 @@ pub struct Flags {
     /// Where the control socket and the pid file are.
     #[arg(long, value_name = "DIR", default_value = "/run/ringmail")]
     pub run_dir: PathBuf,
-    /// Serve metrics at this address and port.
+    /// Serve /metrics, /healthz and /readyz at this address and port.
     #[arg(long, value_name = "ADDR:PORT", value_parser = socket)]
     pub metrics: Option<SocketAddr>,
 
@@ -114,10 +114,10 @@ pub struct Flags {
     #[arg(long, num_args = 0..=1, require_equals = true, default_value = "true", default_missing_value = "true",
         action = ArgAction::Set, value_parser = boolean)]
     pub set_node_network_unavailable: bool,
-    /// Where to serve health.
+    /// Where to serve /healthz, /readyz and /metrics.
     #[arg(long, value_name = "IP", default_value = "0.0.0.0", value_parser = address)]
     pub healthz_ip: IpAddr,
-    /// The port of health; 0 is off.
+    /// The port of /healthz, /readyz and /metrics; 0 is off.
     #[arg(long, value_name = "PORT", default_value = "0", value_parser = port)]
     pub healthz_port: u16,
     /// How often iptables, which tells nobody of changes, is looked at, in seconds.
@@ -284,6 +284,13 @@ impl Flags {
         }
     }
 
+    /// Where health and metrics are served: each place has both.
+    pub fn http(&self) -> Vec<SocketAddr> {
+        let health = (self.healthz_port != 0).then(|| SocketAddr::new(self.healthz_ip, self.healthz_port));
+        let metrics = self.metrics.filter(|metrics| Some(*metrics) != health);
+        health.into_iter().chain(metrics).collect()
+    }
+
     /// A text for each flag that was given and has no effect here.
     pub fn warnings(&self) -> Vec<String> {
         let kube = "concerns --kube-subnet-mgr alone";
@@ -306,12 +313,6 @@ impl Flags {
                 "set-node-network-unavailable",
                 other && !self.set_node_network_unavailable,
                 kube,
-            ),
-            ("metrics", self.metrics.is_some(), "has no effect in this version"),
-            (
-                "healthz-port",
-                self.healthz_port != 0,
-                "has no effect in this version: `ringmail status` exits 0 when all is well",
             ),
             ("vmodule", self.vmodule.is_some(), klog),
             ("log_backtrace_at", self.log_backtrace_at != ":0", klog),

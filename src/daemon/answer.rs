@@ -6,6 +6,7 @@ use std::time::Instant;
 use tracing::debug;
 
 use super::turn::Turn;
+use crate::admin::metrics::Measures;
 use crate::admin::{Command, LeaseReport, Leases, Rotation};
 use crate::audit::{Audit, Directory, audit};
 use crate::backend::Plain;
@@ -13,6 +14,7 @@ use crate::kernel::{Datapath as _, Scope};
 use crate::lease::Completeness;
 use crate::node::report::Report;
 use crate::reconcile::chain;
+use crate::store::Trouble;
 
 /// Answers one command; a reply that nobody waits for is dropped.
 pub(super) fn answer(turn: &mut Turn, command: Command) {
@@ -20,6 +22,7 @@ pub(super) fn answer(turn: &mut Turn, command: Command) {
         Command::Status { reply } => reply.send(status(turn)).is_err(),
         Command::Audit { reply } => reply.send(compare(turn)).is_err(),
         Command::Rotate { reply } => reply.send(rotate(turn)).is_err(),
+        Command::Measure { reply } => reply.send(measure(turn)).is_err(),
         Command::Leases { reply } => reply.send(leases(turn)).is_err(),
     };
     if gone {
@@ -76,6 +79,26 @@ fn status(turn: &mut Turn) -> Report {
         problem(error.clone());
     }
     report
+}
+
+fn measure(turn: &mut Turn) -> Measures {
+    let kernel = turn.reconciler.kernel();
+    let answered = kernel.counters().map(drop).map_err(|error| chain(&error));
+    let dropped = kernel.dropped().ok();
+    let health = turn.inputs.health.borrow();
+    let lasts = |trouble: &Option<Trouble>| trouble.as_ref().map(|trouble| trouble.lasts(Instant::now()));
+    let (unread, unwritten) = (lasts(&health.reading), lasts(&health.writing));
+    drop(health);
+    Measures {
+        report: status(turn),
+        kernel: answered,
+        datapath: turn.datapath(),
+        writes: turn.reconciler.writes(),
+        configuration_refused: turn.inputs.misconfigured.borrow().is_some(),
+        unread,
+        unwritten,
+        dropped,
+    }
 }
 
 fn compare(turn: &mut Turn) -> Result<Audit, String> {

@@ -407,15 +407,20 @@ impl Turn {
         self.write_subnet_env();
     }
 
-    /// Says whether pods on this node have a network.
-    fn tell_datapath(&self) {
+    /// Whether pods on this node have a network.
+    pub(super) fn datapath(&self) -> Datapath {
         let failure = self.reconciler.failures().find(|(scope, _)| **scope == Scope::Node);
         let failure = failure.map(|(scope, error)| format!("{scope}: {error}"));
-        let datapath = match failure.or_else(|| self.subnet_env_error.clone()) {
+        match failure.or_else(|| self.subnet_env_error.clone()) {
             Some(why) => Datapath::Broken(why),
             None if *self.outputs.ready.borrow() => Datapath::Works,
             None => Datapath::Starting,
-        };
+        }
+    }
+
+    /// Tells whoever reports it.
+    fn tell_datapath(&self) {
+        let datapath = self.datapath();
         self.outputs.datapath.send_if_modified(|before| {
             let differs = *before != datapath;
             *before = datapath;

@@ -343,16 +343,34 @@ fn help_and_version_need_nothing_else_and_help_names_the_variables() {
 }
 
 #[test]
+fn health_and_metrics_are_served_where_they_are_asked_for_and_once() {
+    let places = |flags: &[&str]| {
+        let flags: Vec<&str> = std::iter::once(DIR).chain(flags.iter().copied()).collect();
+        run(&flags).http().iter().map(ToString::to_string).collect::<Vec<_>>()
+    };
+    assert!(places(&[]).is_empty());
+    assert_eq!(places(&["--healthz-port=8081"]), ["0.0.0.0:8081"]);
+    let both = ["--healthz-ip=127.0.0.1", "--healthz-port=8081"];
+    assert_eq!(
+        places(&[both[0], both[1], "--metrics=127.0.0.1:8081"]),
+        ["127.0.0.1:8081"]
+    );
+    assert_eq!(
+        places(&[both[1], "--metrics=[::1]:9600"]),
+        ["0.0.0.0:8081", "[::1]:9600"]
+    );
+}
+
+#[test]
 fn what_has_no_effect_is_warned_of_only_where_it_was_given() {
     let flags = run(&[
         DIR,
         "--iptables-forward-rules=false",
         "--kubeconfig-file=/k",
-        "--healthz-port=8081",
         "--vmodule=x=1",
     ]);
     let warnings = flags.warnings();
-    assert_eq!(warnings.len(), 3, "{warnings:?}");
+    assert_eq!(warnings.len(), 2, "{warnings:?}");
     assert_eq!(
         run(&[DIR, "--iptables-resync=7", "--iptables-forward-rules"]).warnings(),
         Vec::<String>::new()
