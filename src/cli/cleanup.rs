@@ -67,6 +67,9 @@ pub struct Arguments {
     /// subnet.env [default: as the daemon noted it]
     #[arg(long, value_name = "FILE")]
     subnet_file: Option<PathBuf>,
+    /// A file to be removed too, such as an installed CNI plugin, or a folder if it is empty; may be repeated
+    #[arg(long, value_name = "PATH")]
+    also: Vec<PathBuf>,
 }
 
 /// What was removed, and what could not be.
@@ -105,6 +108,7 @@ pub(super) fn run(arguments: &Arguments) -> Result<Shown, Failure> {
     remove_subnet_env(arguments, note.as_ref(), subnets, &mut outcome);
     drop(single);
     remove_run_files(&common.run_dir, folder_was_there, &mut outcome);
+    arguments.also.iter().for_each(|path| remove(path, &mut outcome));
     let code = match (outcome.failed.is_empty(), outcome.store_failed) {
         (true, _) => 0,
         (false, true) => 69,
@@ -330,7 +334,11 @@ fn remove_run_files(run_dir: &Path, folder_was_there: bool, outcome: &mut Outcom
 }
 
 fn remove(path: &Path, outcome: &mut Outcome) {
-    match fs::remove_file(path) {
+    let removed = match fs::symlink_metadata(path) {
+        Ok(found) if found.is_dir() => fs::remove_dir(path),
+        _ => fs::remove_file(path),
+    };
+    match removed {
         Ok(()) => outcome.files.push(path.into()),
         Err(error) if error.kind() == io::ErrorKind::NotFound => {}
         Err(error) => outcome.failed.push(format!("remove {}: {error}", path.display())),

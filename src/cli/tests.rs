@@ -402,6 +402,65 @@ fn execute(arguments: &[&str]) -> Result<Shown, Failure> {
 }
 
 #[test]
+fn a_probe_asks_about_the_node_alone() {
+    use status::Probe::{Live, Ready};
+    let mut node = report();
+    node.problems.clear();
+    node.complete = true;
+    assert!(!status::well(&node), "a peer is down");
+    assert_eq!(status::answer(Ready, &node).code, 0);
+    node.problems.push("no lease yet\nfaked".into());
+    node.complete = false;
+    let unready = status::answer(Ready, &node);
+    assert_eq!(unready.code, 1);
+    assert_eq!(*unready.text, "no lease yet\u{fffd}faked\nthe store has not been read yet\n");
+    assert_eq!(status::answer(Live, &node).code, 0);
+    let nobody = ["ringmail", "status", "--probe", "live", "--run-dir", "/nonexistent"];
+    assert_eq!(execute(&nobody).unwrap_err().code, 1);
+}
+
+#[test]
+fn install_replaces_a_file_as_a_whole_also_under_the_names_that_flannels_manifest_calls() {
+    let folder = Folder::new();
+    let at = |name: &str| folder.join(name).to_str().unwrap().to_owned();
+    std::fs::write(at("plugin"), "program").unwrap();
+    std::fs::set_permissions(at("plugin"), std::fs::Permissions::from_mode(0o755)).unwrap();
+    std::fs::create_dir(at("bin")).unwrap();
+    std::fs::write(at("bin/flannel"), "an older one").unwrap();
+    let in_use = std::fs::File::open(at("bin/flannel")).unwrap();
+    execute(&[
+        "ringmail",
+        "install",
+        &at("plugin"),
+        &at("bin/flannel"),
+        &at("new/ringmail-cni"),
+    ])
+    .unwrap();
+    for place in ["bin/flannel", "new/ringmail-cni"] {
+        assert_eq!(std::fs::read_to_string(at(place)).unwrap(), "program");
+        assert_eq!(
+            std::fs::metadata(at(place)).unwrap().permissions().mode() & 0o7777,
+            0o755
+        );
+    }
+    assert_eq!(
+        std::io::read_to_string(in_use).unwrap(),
+        "an older one",
+        "who runs it keeps it whole"
+    );
+    std::fs::write(at("conf"), "{}").unwrap();
+    execute(&["/opt/bin/install-conf", &at("conf"), &at("one")]).unwrap();
+    execute(&["cp", "-f", &at("conf"), &at("two")]).unwrap();
+    assert!(
+        ["one", "two"]
+            .iter()
+            .all(|name| std::fs::read_to_string(at(name)).unwrap() == "{}")
+    );
+    let refused = execute(&["ringmail", "install", &at("absent"), &at("three")]).unwrap_err();
+    assert!(refused.to_string().contains("absent: is it a file?"), "{refused}");
+}
+
+#[test]
 fn keygen_writes_a_key_that_only_its_owner_reads_and_never_over_another() {
     let folder = Folder::new();
     let path = folder.join("psk");
@@ -657,7 +716,14 @@ fn cleanup_leaves_nothing_of_ours_and_all_that_is_not() {
         note.write(&run_dir).unwrap();
         std::fs::write(run_dir.join("control.sock"), "").unwrap();
 
-        let arguments = ["ringmail", "cleanup", "--json", "--run-dir", run_dir.to_str().unwrap()];
+        let (plugin, empty, full) = (folder.join("plugin"), folder.join("empty"), folder.join("full"));
+        std::fs::write(&plugin, "").unwrap();
+        std::fs::create_dir(&empty).unwrap();
+        std::fs::create_dir_all(full.join("of")).unwrap();
+        let mut arguments = vec!["ringmail", "cleanup", "--json", "--run-dir", run_dir.to_str().unwrap()];
+        for path in [&plugin, &empty] {
+            arguments.extend(["--also", path.to_str().unwrap()]);
+        }
         // A running daemon is not cleaned up under.
         let daemon = crate::admin::Single::claim(&folder.join("elsewhere")).unwrap();
         let refused = execute(&arguments).unwrap_err();
@@ -670,7 +736,7 @@ fn cleanup_leaves_nothing_of_ours_and_all_that_is_not() {
         let outcome: serde_json::Value = serde_json::from_str(&shown.text).unwrap();
         assert_eq!(outcome["kernel"].as_array().unwrap().len(), made, "{outcome:#}");
         assert_eq!(kernel_text(), before);
-        assert!(!env.exists() && !run_dir.exists());
+        assert!(!env.exists() && !run_dir.exists() && !plugin.exists() && !empty.exists());
         let left = std::fs::read_dir(&leases).unwrap().filter(|entry| {
             let name = entry.as_ref().unwrap().file_name().into_string().unwrap();
             name.contains("-24") || name.contains("-64")

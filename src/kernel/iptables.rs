@@ -246,7 +246,9 @@ impl Iptables {
     pub fn remove(&mut self) -> Result<(), Error> {
         self.written = None;
         self.lost = Counters::default();
-        Family::ALL.into_iter().try_for_each(|family| remove(family, &Chain::ALL))
+        Family::ALL
+            .into_iter()
+            .try_for_each(|family| remove(family, &Chain::ALL))
     }
 
     /// What the guard has dropped, both families together; zeros where our chains are absent.
