@@ -67,7 +67,8 @@ pub struct Arguments {
     /// subnet.env [default: as the daemon noted it]
     #[arg(long, value_name = "FILE")]
     subnet_file: Option<PathBuf>,
-    /// A file to be removed too, such as an installed CNI plugin, or a folder if it is empty; may be repeated
+    /// A file to be removed too, such as an installed CNI plugin, or a folder, which must be empty; may be repeated: in this
+    /// order, and what can't be removed keeps those after it
     #[arg(long, value_name = "PATH")]
     also: Vec<PathBuf>,
 }
@@ -108,7 +109,7 @@ pub(super) fn run(arguments: &Arguments) -> Result<Shown, Failure> {
     remove_subnet_env(arguments, note.as_ref(), subnets, &mut outcome);
     drop(single);
     remove_run_files(&common.run_dir, folder_was_there, &mut outcome);
-    arguments.also.iter().for_each(|path| remove(path, &mut outcome));
+    remove_also(&arguments.also, &mut outcome);
     let code = match (outcome.failed.is_empty(), outcome.store_failed) {
         (true, _) => 0,
         (false, true) => 69,
@@ -330,6 +331,17 @@ fn remove_run_files(run_dir: &Path, folder_was_there: bool, outcome: &mut Outcom
     // Only where it is empty: whatever else is in there is not ours.
     if fs::remove_dir(run_dir).is_ok() && folder_was_there {
         outcome.files.push(run_dir.into());
+    }
+}
+
+/// A folder of states that is not empty belongs to pods, whose end needs the plugin that is named after it.
+fn remove_also(paths: &[PathBuf], outcome: &mut Outcome) {
+    let before = outcome.failed.len();
+    for path in paths {
+        remove(path, outcome);
+        if outcome.failed.len() > before {
+            return;
+        }
     }
 }
 

@@ -413,7 +413,10 @@ fn a_probe_asks_about_the_node_alone() {
     node.complete = false;
     let unready = status::answer(Ready, &node);
     assert_eq!(unready.code, 1);
-    assert_eq!(*unready.text, "no lease yet\u{fffd}faked\nthe store has not been read yet\n");
+    assert_eq!(
+        *unready.text,
+        "no lease yet\u{fffd}faked\nthe store has not been read yet\n"
+    );
     assert_eq!(status::answer(Live, &node).code, 0);
     let nobody = ["ringmail", "status", "--probe", "live", "--run-dir", "/nonexistent"];
     assert_eq!(execute(&nobody).unwrap_err().code, 1);
@@ -716,14 +719,7 @@ fn cleanup_leaves_nothing_of_ours_and_all_that_is_not() {
         note.write(&run_dir).unwrap();
         std::fs::write(run_dir.join("control.sock"), "").unwrap();
 
-        let (plugin, empty, full) = (folder.join("plugin"), folder.join("empty"), folder.join("full"));
-        std::fs::write(&plugin, "").unwrap();
-        std::fs::create_dir(&empty).unwrap();
-        std::fs::create_dir_all(full.join("of")).unwrap();
-        let mut arguments = vec!["ringmail", "cleanup", "--json", "--run-dir", run_dir.to_str().unwrap()];
-        for path in [&plugin, &empty] {
-            arguments.extend(["--also", path.to_str().unwrap()]);
-        }
+        let arguments = ["ringmail", "cleanup", "--json", "--run-dir", run_dir.to_str().unwrap()];
         // A running daemon is not cleaned up under.
         let daemon = crate::admin::Single::claim(&folder.join("elsewhere")).unwrap();
         let refused = execute(&arguments).unwrap_err();
@@ -736,7 +732,7 @@ fn cleanup_leaves_nothing_of_ours_and_all_that_is_not() {
         let outcome: serde_json::Value = serde_json::from_str(&shown.text).unwrap();
         assert_eq!(outcome["kernel"].as_array().unwrap().len(), made, "{outcome:#}");
         assert_eq!(kernel_text(), before);
-        assert!(!env.exists() && !run_dir.exists() && !plugin.exists() && !empty.exists());
+        assert!(!env.exists() && !run_dir.exists());
         let left = std::fs::read_dir(&leases).unwrap().filter(|entry| {
             let name = entry.as_ref().unwrap().file_name().into_string().unwrap();
             name.contains("-24") || name.contains("-64")
@@ -751,6 +747,24 @@ fn cleanup_leaves_nothing_of_ours_and_all_that_is_not() {
             *again.text
         );
         assert_eq!(kernel_text(), before);
+
+        let (states, plugin) = (folder.join("states"), folder.join("flannel"));
+        std::fs::create_dir_all(states.join("of-a-pod")).unwrap();
+        std::fs::write(&plugin, "").unwrap();
+        let also = [&states, &plugin].map(|path| format!("--also={}", path.display()));
+        let also = [
+            "ringmail",
+            "cleanup",
+            "--run-dir",
+            run_dir.to_str().unwrap(),
+            &also[0],
+            &also[1],
+        ];
+        assert_eq!(execute(&also).unwrap().code, 1);
+        assert!(plugin.exists(), "the pod's end needs it");
+        std::fs::remove_dir(states.join("of-a-pod")).unwrap();
+        assert_eq!(execute(&also).unwrap().code, 0);
+        assert!(!states.exists() && !plugin.exists());
     })
     .join()
     .unwrap_or_else(|panic| std::panic::resume_unwind(panic));
