@@ -148,6 +148,7 @@ impl Server {
             "--anonymous-auth=false",
             "--endpoint-reconciler-type=none",
             "--disable-admission-plugins=ServiceAccount",
+            "--allow-privileged=true",
             // History is compacted when a test says so.
             "--etcd-compaction-interval=0",
         ]);
