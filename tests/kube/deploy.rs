@@ -15,7 +15,7 @@ use super::mesh::{self, Host, Pod};
 use super::server::{Server, program, shared};
 
 const REPOSITORY: &str = env!("CARGO_MANIFEST_DIR");
-const ROLE: &str = "/apis/rbac.authorization.k8s.io/v1/clusterroles/flannel";
+const ROLE: &str = "/apis/rbac.authorization.k8s.io/v1/clusterroles/ringmail";
 const DAEMON: &str = "/apis/apps/v1/namespaces/kube-system/daemonsets/kube-flannel-ds";
 const CONFIG: &str = "/api/v1/namespaces/kube-system/configmaps/kube-flannel-cfg";
 
@@ -148,7 +148,7 @@ async fn pod(client: &Client) -> Pod {
 #[tokio::test]
 #[ignore = "needs kube-apiserver"]
 async fn the_manifests_are_accepted_and_have_the_names_of_flannels_documentation() {
-    let server = shared().await;
+    let server = Server::start().await;
     let client = server.client("admin").await;
     for name in ["ringmail.yml", "cleanup.yml"] {
         for document in manifest(name) {
