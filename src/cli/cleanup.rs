@@ -325,7 +325,9 @@ fn remove_subnet_env(arguments: &Arguments, note: Option<&Remembered>, own: Subn
 }
 
 fn remove_run_files(run_dir: &Path, folder_was_there: bool, outcome: &mut Outcome) {
-    for name in ["control.sock", "control.new", "state.json", "state.new"] {
+    // A lease that could not be given back is found by the note when this is done again.
+    let note = (!outcome.store_failed).then_some("state.json");
+    for name in ["control.sock", "control.new", "state.new"].into_iter().chain(note) {
         remove(&run_dir.join(name), outcome);
     }
     // Only where it is empty: whatever else is in there is not ours.

@@ -15,8 +15,9 @@ use super::mesh::{self, Host, Pod};
 use super::server::{Server, program, shared};
 
 const REPOSITORY: &str = env!("CARGO_MANIFEST_DIR");
-const ROLE: &str = "/apis/rbac.authorization.k8s.io/v1/clusterroles/ringmail";
+const ROLES: &str = "/apis/rbac.authorization.k8s.io/v1/clusterroles";
 const DAEMON: &str = "/apis/apps/v1/namespaces/kube-system/daemonsets/kube-flannel-ds";
+const CLEANUP: &str = "/apis/apps/v1/namespaces/kube-system/daemonsets/ringmail-cleanup";
 const CONFIG: &str = "/api/v1/namespaces/kube-system/configmaps/kube-flannel-cfg";
 
 fn read(path: &str) -> String {
@@ -110,31 +111,49 @@ fn rights(role: &Value) -> Vec<(String, String)> {
     rights
 }
 
-/// Leaves these rights to the DaemonSet's account.
-async fn allow(client: &Client, rights: &[(String, String)]) {
+/// Leaves these rights to the accounts with `role`.
+async fn allow(client: &Client, role: &str, rights: &[(String, String)]) {
     let rule =
         |(resource, verb): &(String, String)| json!({"apiGroups": [""], "resources": [resource], "verbs": [verb]});
     let rules: Vec<Value> = rights.iter().map(rule).collect();
     let body = json!({ "rules": rules }).to_string();
-    let patched = call(client, Method::PATCH, ROLE, "application/merge-patch+json", &body).await;
+    let patched = call(
+        client,
+        Method::PATCH,
+        &format!("{ROLES}/{role}"),
+        "application/merge-patch+json",
+        &body,
+    )
+    .await;
     patched.expect("patched");
+    // The server learns of it by watching.
+    sleep(Duration::from_secs(1)).await;
 }
 
-/// What the DaemonSet gives its container, with a token of its ServiceAccount.
-async fn pod(client: &Client) -> Pod {
-    let spec = get(client, DAEMON).await["spec"]["template"]["spec"].clone();
-    let account = spec["serviceAccountName"].as_str().expect("an account");
+/// `all` without `one`.
+fn without(all: &[(String, String)], one: &(String, String)) -> Vec<(String, String)> {
+    all.iter().filter(|other| *other != one).cloned().collect()
+}
+
+/// A token of a ServiceAccount.
+async fn token(client: &Client, account: &str) -> String {
     let path = format!("/api/v1/namespaces/kube-system/serviceaccounts/{account}/token");
     let request = json!({"apiVersion": "authentication.k8s.io/v1", "kind": "TokenRequest", "spec": {}}).to_string();
     let token = call(client, Method::POST, &path, "application/json", &request)
         .await
         .expect("a token");
+    token["status"]["token"].as_str().expect("a token").to_owned()
+}
+
+/// What the DaemonSet gives its container, with a token of its ServiceAccount.
+async fn pod(client: &Client) -> Pod {
+    let spec = get(client, DAEMON).await["spec"]["template"]["spec"].clone();
     let container = &spec["containers"][0];
     let words = |value: &Value| -> Vec<String> { serde_json::from_value(value.clone()).expect("words") };
     let capabilities = &container["securityContext"]["capabilities"];
     assert_eq!(capabilities["drop"], json!(["ALL"]));
     Pod {
-        token: token["status"]["token"].as_str().expect("a token").to_owned(),
+        token: token(client, spec["serviceAccountName"].as_str().expect("an account")).await,
         arguments: words(&container["args"]),
         capabilities: Some(
             words(&capabilities["add"])
@@ -202,7 +221,7 @@ fn the_daemonsets_rights_and_capability_are_enough_and_each_is_needed() {
         for document in manifest("ringmail.yml") {
             apply(&client, &document, "").await;
         }
-        let full = rights(&get(&client, ROLE).await);
+        let full = rights(&get(&client, &format!("{ROLES}/ringmail")).await);
         let pod = pod(&client).await;
         let mut hosts = Vec::new();
         for number in 1..=2_u8 {
@@ -247,22 +266,14 @@ fn the_daemonsets_rights_and_capability_are_enough_and_each_is_needed() {
         assert!(first.cleanup().contains("lease"), "{}", first.log());
 
         // Needed: without any one of them the daemon names what it was refused.
-        for (resource, verb) in &full {
-            let others: Vec<_> = full
-                .iter()
-                .filter(|(r, v)| (r, v) != (resource, verb))
-                .cloned()
-                .collect();
-            allow(&client, &others).await;
-            // The server learns of a role by watching.
-            sleep(Duration::from_secs(1)).await;
+        for right in &full {
+            allow(&client, "ringmail", &without(&full, right)).await;
             first.start_as(&server, &pod, &[("NODE_NAME", "node1")]);
-            let refused = format!("cannot {verb} resource \"{resource}\"");
-            let named = async || plain(&first.log()).contains(&refused);
+            let refused = format!("cannot {} resource \"{}\"", right.1, right.0);
+            let named = async || first.log().replace('\\', "").contains(&refused);
             first.eventually(&format!("{refused} is said"), named).await;
             first.stop(Signal::SIGTERM);
-            allow(&client, &full).await;
-            sleep(Duration::from_secs(1)).await;
+            allow(&client, "ringmail", &full).await;
             first.cleanup();
         }
         // And without the capability.
@@ -276,9 +287,54 @@ fn the_daemonsets_rights_and_capability_are_enough_and_each_is_needed() {
     });
 }
 
-/// A log without what quotes add to it.
-fn plain(text: &str) -> String {
-    text.replace('\\', "")
+#[test]
+#[ignore = "needs kube-apiserver"]
+fn the_cleanups_rights_are_enough_and_each_is_needed_and_it_may_be_repeated() {
+    mesh::alone(async {
+        let server = Server::start_at("0.0.0.0").await;
+        let client = server.client("admin").await;
+        for document in manifest("cleanup.yml") {
+            apply(&client, &document, "").await;
+        }
+        server.add("node1", "10.244.1.0/24").await;
+        let mut host = Host::new(&server, 1);
+        host.configure(r#"{"Network": "10.244.0.0/16", "Backend": {"Type": "alloc"}}"#);
+        host.start_in_pod(&server, &[("NODE_NAME", "node1")]);
+        let leased = async || {
+            server
+                .notes("node1", "flannel.alpha.coreos.com/")
+                .await
+                .contains("manager true")
+        };
+        host.eventually("a lease", leased).await;
+        host.stop(Signal::SIGTERM);
+
+        mesh::enter(&server, &token(&client, "ringmail-cleanup").await);
+        let full = rights(&get(&client, &format!("{ROLES}/ringmail-cleanup")).await);
+        for right in &full {
+            allow(&client, "ringmail-cleanup", &without(&full, right)).await;
+            let (good, said) = host.try_cleanup(&[]);
+            assert!(!good && said.contains("still there"), "without {right:?}: {said}");
+        }
+        assert!(leased().await, "it could not be given back");
+        allow(&client, "ringmail-cleanup", &full).await;
+        // What it is told to remove too, on this node's own files.
+        let daemon = get(&client, CLEANUP).await;
+        let arguments = &daemon["spec"]["template"]["spec"]["initContainers"][0]["args"];
+        let words: Vec<String> = serde_json::from_value(arguments.clone()).expect("words");
+        let root = server.folder().join("root");
+        let also = |word: &String| word.strip_prefix("--also=/").map(|path| root.join(path));
+        let paths: Vec<_> = words.iter().filter_map(also).collect();
+        for path in &paths {
+            std::fs::create_dir_all(path).expect("a folder in its place");
+        }
+        let flags: Vec<String> = paths.iter().map(|path| format!("--also={}", path.display())).collect();
+        assert_eq!((words[0].as_str(), words.len()), ("cleanup", 1 + flags.len()));
+        let (good, said) = host.try_cleanup(&flags);
+        assert!(good, "{said}");
+        assert!(!leased().await, "{said}");
+        assert!(paths.iter().all(|path| !path.exists()), "{said}");
+    });
 }
 
 /// What `ringmail config check` says of a net-conf.json.

@@ -68,6 +68,15 @@ impl Default for Pod {
     }
 }
 
+/// Makes the files that a Pod of the account with this token finds.
+pub(crate) fn enter(server: &Server, token: &str) {
+    let account = Path::new("/run/secrets/kubernetes.io/serviceaccount");
+    fs::create_dir_all(account).expect("a folder");
+    fs::write(account.join("token"), token).expect("written");
+    fs::write(account.join("namespace"), "default").expect("written");
+    fs::copy(server.authority(), account.join("ca.crt")).expect("copied");
+}
+
 /// A node and its daemon.
 pub(crate) struct Host {
     network: File,
@@ -154,11 +163,7 @@ impl Host {
 
     /// Starts the daemon as a Pod's container.
     pub(crate) fn start_as(&mut self, server: &Server, pod: &Pod, names: &[(&str, &str)]) {
-        let account = Path::new("/run/secrets/kubernetes.io/serviceaccount");
-        fs::create_dir_all(account).expect("a folder");
-        fs::write(account.join("token"), &pod.token).expect("written");
-        fs::write(account.join("namespace"), "default").expect("written");
-        fs::copy(server.authority(), account.join("ca.crt")).expect("copied");
+        enter(server, &pod.token);
         let (wire, port) = (WIRE.to_string(), server.port().to_string());
         let around = [
             ("KUBERNETES_SERVICE_HOST", wire.as_str()),
@@ -268,13 +273,22 @@ impl Host {
 
     /// Takes away what the daemon made; it must do well.
     pub(crate) fn cleanup(&self) -> String {
+        let (good, text) = self.try_cleanup(&[]);
+        assert!(good, "{text}");
+        text
+    }
+
+    /// The same with more flags: whether it did well, and what it said.
+    pub(crate) fn try_cleanup(&self, flags: &[String]) -> (bool, String) {
         let mut cleanup = Command::new(env!("CARGO_BIN_EXE_ringmail"));
-        cleanup.args(["cleanup", "--run-dir"]).arg(self.folder.join("run"));
+        cleanup
+            .args(["cleanup", "--run-dir"])
+            .arg(self.folder.join("run"))
+            .args(flags);
         cleanup.envs(self.variables.iter().map(|(name, value)| (name, value)));
         let done = self.inside(move || cleanup.output().expect("it is a program"));
         let text = String::from_utf8_lossy(&[done.stdout, done.stderr].concat()).into_owned();
-        assert!(done.status.success(), "{text}");
-        text
+        (done.status.success(), text)
     }
 
     /// Waits until `wanted` holds; how long that took.
