@@ -65,7 +65,7 @@ def root(config, tmp_path_factory):
 
 def run(root, *command, given=""):
     """Runs a command as in a container of the image; what it said."""
-    done = subprocess.run(["chroot", root, *command], env={"PATH": "/bin"}, input=given, capture_output=True, text=True)
+    done = subprocess.run(["/usr/sbin/chroot", root, *command], env={"PATH": "/bin"}, input=given, capture_output=True, text=True)
     assert done.returncode == 0, (command, done)
     return done.stdout
 
@@ -103,5 +103,5 @@ def test_flannels_manifest_finds_its_commands(root):
     run(root, "/opt/bin/install-conf", "/cni-conf.json", "/run/10-flannel.conflist")
     assert (root / "run/10-flannel.conflist").read_text() == "{}"
     assert "--kube-subnet-mgr" in run(root, "/opt/bin/flanneld", "--help")
-    plugin = subprocess.run(["chroot", root, "/flannel"], env={"CNI_COMMAND": "VERSION"}, input='{"cniVersion": "1.0.0"}', capture_output=True, text=True)
+    plugin = subprocess.run(["/usr/sbin/chroot", root, "/flannel"], env={"CNI_COMMAND": "VERSION"}, input='{"cniVersion": "1.0.0"}', capture_output=True, text=True)
     assert "1.1.0" in json.loads(plugin.stdout)["supportedVersions"], plugin
