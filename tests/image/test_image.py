@@ -6,6 +6,7 @@ import io
 import json
 import os
 import pathlib
+import re
 import subprocess
 import tarfile
 
@@ -92,6 +93,18 @@ def test_its_programs_run_with_nothing_beside_them(root, config):
     # A host name is looked for without a C library beside it.
     shown = run(root, *entrypoint, "config", "check", "/net-conf.json", "--psk-file", "/psk", "--", "--node-name=n1")
     assert "Backend.Type" in shown and "ipsec" in shown
+
+
+def test_the_manifests_init_containers_put_plugin_and_conflist_in_their_places(root):
+    (root / "etc/kube-flannel").mkdir(parents=True)
+    (root / "etc/kube-flannel/cni-conf.json").write_text("{}")
+    steps = re.findall(r"args: \[(install, .*)\]", (REPOSITORY / "deploy/ringmail.yml").read_text())
+    assert len(steps) == 2
+    for step in steps:
+        run(root, "/bin/ringmail", *step.split(", "))
+    for plugin in ("opt/cni/bin/ringmail-cni", "opt/cni/bin/flannel"):
+        assert (root / plugin).read_bytes() == (root / "bin/ringmail-cni").read_bytes() and os.access(root / plugin, os.X_OK)
+    assert (root / "etc/cni/net.d/10-flannel.conflist").read_text() == "{}"
 
 
 def test_flannels_manifest_finds_its_commands(root):
