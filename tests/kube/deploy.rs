@@ -427,6 +427,7 @@ async fn the_chart_takes_every_option_of_every_backend_to_the_daemon() {
             "SubnetAddCommand": "tee \"/x y\"", "SubnetRemoveCommand": "{{ .Values }}",
         }),
     ];
+    let documented = read("deploy/chart/values.yaml");
     for backend in backends {
         let conf = json!({
             "Network": "10.244.0.0/16", "SubnetLen": 25, "SubnetMin": "10.244.1.0", "SubnetMax": "10.244.9.0",
@@ -443,6 +444,7 @@ async fn the_chart_takes_every_option_of_every_backend_to_the_daemon() {
                 let found = check(made["data"]["net-conf.json"].as_str().expect("a configuration"));
                 let settings = found["Backend"].as_object().expect("a backend");
                 for (key, value) in backend.as_object().expect("a backend") {
+                    assert!(documented.contains(key), "{key} is not in values.yaml");
                     assert_eq!(settings.get(key), Some(value), "{key}: {found}");
                 }
                 let range = json!({"net": "fd00:244::/48", "SubnetLen": 80, "first": 1, "last": 9});
