@@ -9,6 +9,7 @@ mod audit;
 mod cleanup;
 mod config;
 mod etcd;
+mod install;
 mod keygen;
 mod leases;
 pub mod log;
@@ -71,6 +72,8 @@ pub enum Verb {
     Keygen(keygen::Arguments),
     /// Remove all that ringmail made on this node, and nothing else.
     Cleanup(cleanup::Arguments),
+    /// Put a file where the container runtime looks for it.
+    Install(install::Arguments),
     /// Look at the configuration.
     #[command(subcommand_required = true, arg_required_else_help = true)]
     Config {
@@ -122,7 +125,10 @@ pub enum Invocation {
 impl Invocation {
     /// Understands the arguments of this process, the program's name first, completed from `environment`.
     pub fn parse(arguments: impl IntoIterator<Item = OsString>, environment: &Environment) -> Result<Self, Failure> {
-        let arguments: Vec<OsString> = arguments.into_iter().collect();
+        let mut arguments: Vec<OsString> = arguments.into_iter().collect();
+        if let Some(meant) = install::under_flannels_name(&arguments) {
+            arguments = meant;
+        }
         if let Some(flags) = daemon_flags(&arguments) {
             let wanted = Flags::from_args(flags.iter().cloned(), environment).map_err(Failure::usage)?;
             return Ok(match wanted {
@@ -188,6 +194,7 @@ impl Verb {
             Self::Rotate(arguments) => rotate::run(&arguments),
             Self::Keygen(arguments) => keygen::run(&arguments),
             Self::Cleanup(arguments) => cleanup::run(&arguments),
+            Self::Install(arguments) => install::run(&arguments),
             Self::Config {
                 verb: ConfigVerb::Check(arguments),
             } => config::run(&arguments),

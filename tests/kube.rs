@@ -6,6 +6,7 @@
 mod cluster;
 mod kube {
     mod daemon;
+    mod deploy;
     mod double;
     mod faults;
     mod mesh;

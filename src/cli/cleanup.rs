@@ -67,6 +67,10 @@ pub struct Arguments {
     /// subnet.env [default: as the daemon noted it]
     #[arg(long, value_name = "FILE")]
     subnet_file: Option<PathBuf>,
+    /// A file to be removed too, such as an installed CNI plugin, or a folder, which must be empty; may be repeated: in this
+    /// order, and what can't be removed keeps those after it
+    #[arg(long, value_name = "PATH")]
+    also: Vec<PathBuf>,
 }
 
 /// What was removed, and what could not be.
@@ -105,6 +109,7 @@ pub(super) fn run(arguments: &Arguments) -> Result<Shown, Failure> {
     remove_subnet_env(arguments, note.as_ref(), subnets, &mut outcome);
     drop(single);
     remove_run_files(&common.run_dir, folder_was_there, &mut outcome);
+    remove_also(&arguments.also, &mut outcome);
     let code = match (outcome.failed.is_empty(), outcome.store_failed) {
         (true, _) => 0,
         (false, true) => 69,
@@ -320,7 +325,9 @@ fn remove_subnet_env(arguments: &Arguments, note: Option<&Remembered>, own: Subn
 }
 
 fn remove_run_files(run_dir: &Path, folder_was_there: bool, outcome: &mut Outcome) {
-    for name in ["control.sock", "control.new", "state.json", "state.new"] {
+    // A lease that could not be given back is found by the note when this is done again.
+    let note = (!outcome.store_failed).then_some("state.json");
+    for name in ["control.sock", "control.new", "state.new"].into_iter().chain(note) {
         remove(&run_dir.join(name), outcome);
     }
     // Only where it is empty: whatever else is in there is not ours.
@@ -329,8 +336,23 @@ fn remove_run_files(run_dir: &Path, folder_was_there: bool, outcome: &mut Outcom
     }
 }
 
+/// A folder of states that is not empty belongs to pods, whose end needs the plugin that is named after it.
+fn remove_also(paths: &[PathBuf], outcome: &mut Outcome) {
+    let before = outcome.failed.len();
+    for path in paths {
+        remove(path, outcome);
+        if outcome.failed.len() > before {
+            return;
+        }
+    }
+}
+
 fn remove(path: &Path, outcome: &mut Outcome) {
-    match fs::remove_file(path) {
+    let removed = match fs::symlink_metadata(path) {
+        Ok(found) if found.is_dir() => fs::remove_dir(path),
+        _ => fs::remove_file(path),
+    };
+    match removed {
         Ok(()) => outcome.files.push(path.into()),
         Err(error) if error.kind() == io::ErrorKind::NotFound => {}
         Err(error) => outcome.failed.push(format!("remove {}: {error}", path.display())),

@@ -427,6 +427,68 @@ fn execute(arguments: &[&str]) -> Result<Shown, Failure> {
 }
 
 #[test]
+fn a_probe_asks_about_the_node_alone() {
+    use status::Probe::{Live, Ready};
+    let mut node = report();
+    node.problems.clear();
+    node.complete = true;
+    assert!(!status::well(&node), "a peer is down");
+    assert_eq!(status::answer(Ready, &node).code, 0);
+    node.problems.push("no lease yet\nfaked".into());
+    node.complete = false;
+    let unready = status::answer(Ready, &node);
+    assert_eq!(unready.code, 1);
+    assert_eq!(
+        *unready.text,
+        "no lease yet\u{fffd}faked\nthe store has not been read yet\n"
+    );
+    assert_eq!(status::answer(Live, &node).code, 0);
+    let nobody = ["ringmail", "status", "--probe", "live", "--run-dir", "/nonexistent"];
+    assert_eq!(execute(&nobody).unwrap_err().code, 1);
+}
+
+#[test]
+fn install_replaces_a_file_as_a_whole_also_under_the_names_that_flannels_manifest_calls() {
+    let folder = Folder::new();
+    let at = |name: &str| folder.join(name).to_str().unwrap().to_owned();
+    std::fs::write(at("plugin"), "program").unwrap();
+    std::fs::set_permissions(at("plugin"), std::fs::Permissions::from_mode(0o755)).unwrap();
+    std::fs::create_dir(at("bin")).unwrap();
+    std::fs::write(at("bin/flannel"), "an older one").unwrap();
+    let in_use = std::fs::File::open(at("bin/flannel")).unwrap();
+    execute(&[
+        "ringmail",
+        "install",
+        &at("plugin"),
+        &at("bin/flannel"),
+        &at("new/ringmail-cni"),
+    ])
+    .unwrap();
+    for place in ["bin/flannel", "new/ringmail-cni"] {
+        assert_eq!(std::fs::read_to_string(at(place)).unwrap(), "program");
+        assert_eq!(
+            std::fs::metadata(at(place)).unwrap().permissions().mode() & 0o7777,
+            0o755
+        );
+    }
+    assert_eq!(
+        std::io::read_to_string(in_use).unwrap(),
+        "an older one",
+        "who runs it keeps it whole"
+    );
+    std::fs::write(at("conf"), "{}").unwrap();
+    execute(&["/opt/bin/install-conf", &at("conf"), &at("one")]).unwrap();
+    execute(&["cp", "-f", &at("conf"), &at("two")]).unwrap();
+    assert!(
+        ["one", "two"]
+            .iter()
+            .all(|name| std::fs::read_to_string(at(name)).unwrap() == "{}")
+    );
+    let refused = execute(&["ringmail", "install", &at("absent"), &at("three")]).unwrap_err();
+    assert!(refused.to_string().contains("absent: is it a file?"), "{refused}");
+}
+
+#[test]
 fn keygen_writes_a_key_that_only_its_owner_reads_and_never_over_another() {
     let folder = Folder::new();
     let path = folder.join("psk");
@@ -710,6 +772,24 @@ fn cleanup_leaves_nothing_of_ours_and_all_that_is_not() {
             *again.text
         );
         assert_eq!(kernel_text(), before);
+
+        let (states, plugin) = (folder.join("states"), folder.join("flannel"));
+        std::fs::create_dir_all(states.join("of-a-pod")).unwrap();
+        std::fs::write(&plugin, "").unwrap();
+        let also = [&states, &plugin].map(|path| format!("--also={}", path.display()));
+        let also = [
+            "ringmail",
+            "cleanup",
+            "--run-dir",
+            run_dir.to_str().unwrap(),
+            &also[0],
+            &also[1],
+        ];
+        assert_eq!(execute(&also).unwrap().code, 1);
+        assert!(plugin.exists(), "the pod's end needs it");
+        std::fs::remove_dir(states.join("of-a-pod")).unwrap();
+        assert_eq!(execute(&also).unwrap().code, 0);
+        assert!(!states.exists() && !plugin.exists());
     })
     .join()
     .unwrap_or_else(|panic| std::panic::resume_unwind(panic));

@@ -71,7 +71,7 @@ impl SubnetEnv {
         if fs::read(path).is_ok_and(|old| old == text.as_bytes()) {
             return Ok(Written::Unchanged);
         }
-        replace(path, text.as_bytes()).map_err(|source| WriteError {
+        replace(path, text.as_bytes(), 0o644).map_err(|source| WriteError {
             path: path.to_owned(),
             source,
         })?;
@@ -131,7 +131,8 @@ fn first_host(subnet: IpNet) -> IpNet {
     IpNet::new(host, subnet.prefix_len()).expect("the length of a subnet of the same family")
 }
 
-fn replace(path: &Path, bytes: &[u8]) -> io::Result<()> {
+/// Makes `path` a file of these bytes and this mode, by rename; a missing folder is made with mode 0755.
+pub(crate) fn replace(path: &Path, bytes: &[u8], mode: u32) -> io::Result<()> {
     let folder = path
         .parent()
         .filter(|p| !p.as_os_str().is_empty())
@@ -141,7 +142,7 @@ fn replace(path: &Path, bytes: &[u8]) -> io::Result<()> {
     name.push(path.file_name().ok_or(io::ErrorKind::InvalidInput)?);
     name.push(format!(".{}", std::process::id()));
     let temporary = folder.join(name);
-    let written = write_new(&temporary, bytes).and_then(|()| fs::rename(&temporary, path));
+    let written = write_new(&temporary, bytes, mode).and_then(|()| fs::rename(&temporary, path));
     if written.is_err() {
         // It may not exist; the first error is the one to tell.
         drop(fs::remove_file(&temporary));
@@ -149,12 +150,12 @@ fn replace(path: &Path, bytes: &[u8]) -> io::Result<()> {
     written
 }
 
-fn write_new(path: &Path, bytes: &[u8]) -> io::Result<()> {
+fn write_new(path: &Path, bytes: &[u8], mode: u32) -> io::Result<()> {
     // A leftover of a killed process that had our pid; what is not there needs no removal.
     drop(fs::remove_file(path));
-    let mut file: File = OpenOptions::new().write(true).create_new(true).mode(0o644).open(path)?;
-    // The umask does not decide what the CNI plugin may read.
-    file.set_permissions(fs::Permissions::from_mode(0o644))?;
+    let mut file: File = OpenOptions::new().write(true).create_new(true).mode(mode).open(path)?;
+    // The umask does not decide who may read it.
+    file.set_permissions(fs::Permissions::from_mode(mode))?;
     file.write_all(bytes)?;
     file.sync_all()
 }

@@ -4,6 +4,7 @@ which builds the server."""
 import json
 import os
 import pathlib
+import re
 import ssl
 import subprocess
 import urllib.error
@@ -12,7 +13,7 @@ import urllib.request
 import pytest
 
 import netns
-from rig import eventually, program
+from rig import REPOSITORY, eventually, program
 
 # The wire answers for the default gateway of every node, so it is where the server can be reached from all of them.
 WIRE = "192.168.77.254"
@@ -121,6 +122,17 @@ def key():
     return subprocess.run([program(), "keygen"], stdout=subprocess.PIPE, check=True).stdout
 
 
+def confined(folder):
+    """The daemon with the capabilities that deploy/ringmail.yml gives it and no way to more, as a program. Programs of
+    iptables, which User Mode Linux needs in the place of nf_tables and the image does not hold, want NET_RAW."""
+    daemon = (REPOSITORY / "deploy/ringmail.yml").read_text().split("- name: kube-flannel\n")[1]
+    added = re.search(r"drop: \[ALL\], add: \[(.*?)\]", daemon)[1].lower().replace(", ", ",+")
+    path = folder / "confined"
+    path.write_text(f'#!/bin/sh\nexec setpriv --no-new-privs --inh-caps=-all --bounding-set=-all,+net_raw,+{added} {program()} "$@"\n')
+    path.chmod(0o755)
+    return str(path)
+
+
 def test_three_daemons_hold_an_encrypted_mesh_over_nodes(cluster):
     lab, kube = cluster
     conf, secret = kube.folder / "conf", kube.folder / "secret"
@@ -129,7 +141,7 @@ def test_three_daemons_hold_an_encrypted_mesh_over_nodes(cluster):
     flags = ["--kube-subnet-mgr", "--kubeconfig-file", kube.kubeconfig, "--net-config-path", conf / "net-conf.json"]
     flags += ["--psk-file", secret]
     for node in lab.nodes:
-        node.start(*flags, env={"NODE_NAME": str(node)})
+        node.start(*flags, env={"NODE_NAME": str(node), "RINGMAIL": confined(kube.folder)})
     for node in lab.nodes:
         node.ready(60)
     lab.meshed(timeout=60)

@@ -46,6 +46,37 @@ fn attempt(line: &str) -> (bool, String) {
     (done.status.success(), String::from_utf8_lossy(&text).into_owned())
 }
 
+/// What flannel's DaemonSet gives its daemon.
+const FLAGS: [&str; 3] = ["run", "--kube-subnet-mgr", "--ip-masq"];
+
+/// What a Pod gives its container.
+pub(crate) struct Pod {
+    /// Of its service account.
+    pub(crate) token: String,
+    pub(crate) arguments: Vec<String>,
+    /// `None`: all there are, and a root file system to write to.
+    pub(crate) capabilities: Option<Vec<String>>,
+}
+
+impl Default for Pod {
+    fn default() -> Self {
+        Self {
+            token: "ringmail-token".into(),
+            arguments: FLAGS.map(String::from).into(),
+            capabilities: None,
+        }
+    }
+}
+
+/// Makes the files that a Pod of the account with this token finds.
+pub(crate) fn enter(server: &Server, token: &str) {
+    let account = Path::new("/run/secrets/kubernetes.io/serviceaccount");
+    fs::create_dir_all(account).expect("a folder");
+    fs::write(account.join("token"), token).expect("written");
+    fs::write(account.join("namespace"), "default").expect("written");
+    fs::copy(server.authority(), account.join("ca.crt")).expect("copied");
+}
+
 /// A node and its daemon.
 pub(crate) struct Host {
     network: File,
@@ -117,25 +148,55 @@ impl Host {
     pub(crate) fn start(&mut self, server: &Server, names: &[(&str, &str)]) {
         let url = format!("--kube-api-url=https://{WIRE}:{}", server.port());
         let kubeconfig = format!("--kubeconfig-file={}", server.kubeconfig("ringmail").display());
-        self.spawn(&[url, kubeconfig], names);
+        let daemon = Command::new(env!("CARGO_BIN_EXE_ringmail"));
+        self.spawn(
+            daemon,
+            &[&FLAGS.map(String::from)[..], &[url, kubeconfig]].concat(),
+            names,
+        );
     }
 
-    /// The same as in a Pod: the API server is found by the variables and files that every Pod has.
+    /// The same as in a Pod of the user ringmail: the API server is found by the variables and files that every Pod has.
     pub(crate) fn start_in_pod(&mut self, server: &Server, names: &[(&str, &str)]) {
-        let account = Path::new("/run/secrets/kubernetes.io/serviceaccount");
-        fs::create_dir_all(account).expect("a folder");
-        fs::write(account.join("token"), "ringmail-token").expect("written");
-        fs::write(account.join("namespace"), "default").expect("written");
-        fs::copy(server.authority(), account.join("ca.crt")).expect("copied");
+        self.start_as(server, &Pod::default(), names);
+    }
+
+    /// Starts the daemon as a Pod's container.
+    pub(crate) fn start_as(&mut self, server: &Server, pod: &Pod, names: &[(&str, &str)]) {
+        enter(server, &pod.token);
         let (wire, port) = (WIRE.to_string(), server.port().to_string());
         let around = [
             ("KUBERNETES_SERVICE_HOST", wire.as_str()),
             ("KUBERNETES_SERVICE_PORT", port.as_str()),
         ];
-        self.spawn(&[], &[names, &around].concat());
+        let daemon = match &pod.capabilities {
+            None => Command::new(env!("CARGO_BIN_EXE_ringmail")),
+            Some(capabilities) => self.confined(capabilities),
+        };
+        self.spawn(daemon, &pod.arguments, &[names, &around].concat());
     }
 
-    fn spawn(&mut self, flags: &[String], variables: &[(&str, &str)]) {
+    /// The daemon with these capabilities and no way to more, and nothing but its own folder to write to, as in a container
+    /// whose root file system and /proc/sys are read-only.
+    fn confined(&self, capabilities: &[String]) -> Command {
+        // What the kubelet has done on a node before any Pod is there.
+        assert!(self.attempt("sysctl -qw net.ipv4.ip_forward=1").0);
+        let mut command = Command::new("unshare");
+        command
+            .args(["--mount", "sh", "-ec"])
+            .arg(
+                "mount --bind \"$1\" \"$1\"; mount -o remount,bind,ro /; mount --bind /proc/sys /proc/sys; \
+                 mount -o remount,bind,ro /proc/sys; shift; exec setpriv \"$@\"",
+            )
+            .arg("sh")
+            .arg(&self.folder)
+            .args(["--no-new-privs", "--inh-caps=-all"])
+            .arg(format!("--bounding-set=-all,+{}", capabilities.join(",+")))
+            .arg(env!("CARGO_BIN_EXE_ringmail"));
+        command
+    }
+
+    fn spawn(&mut self, mut daemon: Command, flags: &[String], variables: &[(&str, &str)]) {
         let owned = |(name, value): &(&str, &str)| ((*name).to_owned(), (*value).to_owned());
         self.variables = variables.iter().map(owned).collect();
         let at = |name: &str| self.folder.join(name);
@@ -144,10 +205,9 @@ impl Host {
             .append(true)
             .open(at("log"))
             .expect("a log");
-        let mut daemon = Command::new(env!("CARGO_BIN_EXE_ringmail"));
         daemon
-            .args(["run", "--kube-subnet-mgr", "--ip-masq", "--iface=eth0"])
             .args(flags)
+            .arg("--iface=eth0")
             .arg("--net-config-path")
             .arg(at("conf/net-conf.json"))
             .arg("--run-dir")
@@ -202,23 +262,33 @@ impl Host {
 
     /// What `ringmail status` says.
     pub(crate) fn status(&self) -> String {
-        let program = env!("CARGO_BIN_EXE_ringmail");
-        self.attempt(&format!(
-            "{program} status --run-dir {}",
-            self.folder.join("run").display()
-        ))
-        .1
+        self.ask("status").1
+    }
+
+    /// Asks the daemon by a verb and its flags: whether it did well, and what it said.
+    pub(crate) fn ask(&self, verb: &str) -> (bool, String) {
+        let (program, run) = (env!("CARGO_BIN_EXE_ringmail"), self.folder.join("run"));
+        self.attempt(&format!("{program} {verb} --run-dir {}", run.display()))
     }
 
     /// Takes away what the daemon made; it must do well.
     pub(crate) fn cleanup(&self) -> String {
+        let (good, text) = self.try_cleanup(&[]);
+        assert!(good, "{text}");
+        text
+    }
+
+    /// The same with more flags: whether it did well, and what it said.
+    pub(crate) fn try_cleanup(&self, flags: &[String]) -> (bool, String) {
         let mut cleanup = Command::new(env!("CARGO_BIN_EXE_ringmail"));
-        cleanup.args(["cleanup", "--run-dir"]).arg(self.folder.join("run"));
+        cleanup
+            .args(["cleanup", "--run-dir"])
+            .arg(self.folder.join("run"))
+            .args(flags);
         cleanup.envs(self.variables.iter().map(|(name, value)| (name, value)));
         let done = self.inside(move || cleanup.output().expect("it is a program"));
         let text = String::from_utf8_lossy(&[done.stdout, done.stderr].concat()).into_owned();
-        assert!(done.status.success(), "{text}");
-        text
+        (done.status.success(), text)
     }
 
     /// Waits until `wanted` holds; how long that took.

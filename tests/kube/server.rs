@@ -46,14 +46,14 @@ pub(crate) async fn shared() -> Arc<Server> {
     server
 }
 
-/// The program: `tests/run` builds it, or `RINGMAIL_APISERVER` names it.
-fn program() -> PathBuf {
-    let given = std::env::var_os("RINGMAIL_APISERVER").map(PathBuf::from);
+/// A program that `tests/run kube` builds into the cache, or that `variable` names.
+pub(crate) fn program(variable: &str, name: &str) -> PathBuf {
+    let given = std::env::var_os(variable).map(PathBuf::from);
     let cache = || {
         let cache = std::env::var_os("XDG_CACHE_HOME").map(PathBuf::from);
         let home = std::env::var_os("HOME").map(|home| PathBuf::from(home).join(".cache"));
         let cache = cache.or(home).expect("HOME");
-        cache.join("ringmail-tools/bin/kube-apiserver-1.36.3")
+        cache.join("ringmail-tools/bin").join(name)
     };
     let program = given.unwrap_or_else(cache);
     let shown = program.display();
@@ -128,7 +128,7 @@ impl Server {
     pub(crate) fn up(&mut self) {
         let (certificate, key) = self.tls.pair("server");
         let path = |path: &PathBuf| path.display().to_string();
-        let mut command = Command::new(program());
+        let mut command = Command::new(program("RINGMAIL_APISERVER", "kube-apiserver-1.36.3"));
         command.args([
             format!("--etcd-servers={}", self.etcd.endpoints()),
             format!("--secure-port={}", self.port),
@@ -148,6 +148,7 @@ impl Server {
             "--anonymous-auth=false",
             "--endpoint-reconciler-type=none",
             "--disable-admission-plugins=ServiceAccount",
+            "--allow-privileged=true",
             // History is compacted when a test says so.
             "--etcd-compaction-interval=0",
         ]);
