@@ -4,7 +4,7 @@ use std::collections::BTreeMap;
 use std::path::Path;
 use std::time::Duration;
 
-use clap::{Args, ValueEnum};
+use clap::Args;
 
 use super::table::{Align, Style, Table, Tone, bytes, clean, count, span, wrap};
 use super::{Common, Failure, Shown};
@@ -20,8 +20,7 @@ States: up (data goes, on the newest generation), moving (data goes, and is chan
 on keys of an earlier process), waiting (no data yet), plain (data goes, unencrypted, as the backend has it), refused
 (its lease is not believed, or can't be served).
 
-Exit code: 0 where every peer is up or moving and nothing is wrong with the node, else 1. With --probe the peers do not
-count.
+Exit code: 0 where every peer is up or moving and nothing is wrong with the node, else 1.
 
 Examples:
   ringmail status
@@ -29,26 +28,10 @@ Examples:
 pub struct Arguments {
     #[command(flatten)]
     common: Common,
-    /// Answer a probe of Kubernetes: whether the daemon answers, or whether this node, whatever its peers, is well
-    #[arg(long, value_name = "WHAT", conflicts_with = "json")]
-    probe: Option<Probe>,
 }
 
-/// What a probe asks. Neither answer depends on a peer: a node must not be restarted, nor a rollout stopped, because
-/// another is down.
-#[derive(Clone, Copy, Debug, Eq, PartialEq, ValueEnum)]
-pub(super) enum Probe {
-    /// The daemon answers.
-    Live,
-    /// The node has its lease, the datapath is in order, and nothing else is wrong with it.
-    Ready,
-}
-
-pub(super) fn run(Arguments { common, probe }: &Arguments, style: &Style) -> Result<Shown, Failure> {
+pub(super) fn run(Arguments { common }: &Arguments, style: &Style) -> Result<Shown, Failure> {
     let report = fetch(&common.run_dir)?;
-    if let Some(probe) = probe {
-        return Ok(answer(*probe, &report));
-    }
     let well = well(&report);
     Ok(if common.json {
         Shown::json(&report, well)
@@ -70,19 +53,6 @@ pub(super) fn well(report: &Report) -> bool {
     let peer =
         |peer: &PeerReport| matches!(peer.state, State::Up | State::Moving | State::Plain) && peer.reason.is_none();
     report.complete && report.problems.is_empty() && report.rejected.is_empty() && report.peers.iter().all(peer)
-}
-
-/// The answer to a probe: nothing, or what is wrong.
-pub(super) fn answer(probe: Probe, report: &Report) -> Shown {
-    match probe {
-        Probe::Live => Shown::from(String::new()),
-        Probe::Ready => {
-            let unread = (!report.complete).then(|| "the store has not been read yet".to_owned());
-            let wrong: Vec<String> = report.problems.iter().cloned().chain(unread).collect();
-            let lines = wrong.iter().map(|problem| format!("{}\n", clean(problem, false)));
-            Shown::text(lines.collect(), wrong.is_empty())
-        }
-    }
 }
 
 pub(super) fn render(report: &Report, style: Style) -> String {

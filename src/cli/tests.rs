@@ -427,27 +427,6 @@ fn execute(arguments: &[&str]) -> Result<Shown, Failure> {
 }
 
 #[test]
-fn a_probe_asks_about_the_node_alone() {
-    use status::Probe::{Live, Ready};
-    let mut node = report();
-    node.problems.clear();
-    node.complete = true;
-    assert!(!status::well(&node), "a peer is down");
-    assert_eq!(status::answer(Ready, &node).code, 0);
-    node.problems.push("no lease yet\nfaked".into());
-    node.complete = false;
-    let unready = status::answer(Ready, &node);
-    assert_eq!(unready.code, 1);
-    assert_eq!(
-        *unready.text,
-        "no lease yet\u{fffd}faked\nthe store has not been read yet\n"
-    );
-    assert_eq!(status::answer(Live, &node).code, 0);
-    let nobody = ["ringmail", "status", "--probe", "live", "--run-dir", "/nonexistent"];
-    assert_eq!(execute(&nobody).unwrap_err().code, 1);
-}
-
-#[test]
 fn install_replaces_a_file_as_a_whole_also_under_the_names_that_flannels_manifest_calls() {
     let folder = Folder::new();
     let at = |name: &str| folder.join(name).to_str().unwrap().to_owned();

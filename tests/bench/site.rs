@@ -30,6 +30,9 @@ const EPOCH: u64 = 1_750_000_000;
 /// How many packets are sent for [`Change::packets`].
 const PACKETS: usize = 500;
 
+/// After so long without an answer a peer whose lease has vanished is let go.
+const SILENT: Duration = Duration::from_secs(6);
+
 /// Moves this thread into a network namespace of its own, which lives as long as the file.
 pub(crate) fn enter_new_namespace() -> Result<File> {
     unshare(CloneFlags::CLONE_NEWNET).context("make a network namespace (needs root)")?;
@@ -49,7 +52,7 @@ pub(crate) struct Site {
 pub(crate) struct Change {
     /// A new epoch: from the lease until the peer's objects are those of the new epoch alone, without the waiting.
     pub(crate) rotate: Duration,
-    /// From the vanished lease until nothing of the peer is left.
+    /// From the vanished lease until nothing of the peer is left, without the waiting for an answer.
     pub(crate) leave: Duration,
     /// From the lease until data flows.
     pub(crate) join: Duration,
@@ -175,7 +178,10 @@ impl Site {
         );
 
         let (name, now) = (peer.name.clone(), self.now);
-        let leave = self.timed(|node| node.leased(&name, None, now))?;
+        let mut leave = self.timed(|node| node.leased(&name, None, now))?;
+        self.now += SILENT;
+        self.settle(mesh, &[])?;
+        leave += self.timed(|_| ())?;
         ensure!(self.reconciler.actual().len() < before, "the peer's objects did not go");
 
         mesh.renew(peer)?;

@@ -235,13 +235,14 @@ fn the_daemonsets_rights_and_capability_are_enough_and_each_is_needed() {
         let [mut first, mut second]: [Host; 2] = hosts.try_into().ok().expect("two of them");
         let probes = get(&client, DAEMON).await["spec"]["template"]["spec"]["containers"][0].clone();
         let probe = |host: &Host, name: &str| {
-            let command: Vec<String> = serde_json::from_value(probes[name]["exec"]["command"].clone()).expect("words");
-            assert_eq!(command[0], "ringmail");
-            host.ask(&command[1..].join(" ")).0
+            let place = &probes[name]["httpGet"];
+            let text = |name: &str| place[name].as_str().expect("a text").to_owned();
+            let port = place["port"].as_u64().expect("a port");
+            host.get(&format!("{}:{port}", text("host")), &text("path")) == Some(200)
         };
 
         // Enough: all that the daemon does on a node of a cluster.
-        for name in ["startupProbe", "livenessProbe", "readinessProbe"] {
+        for name in ["livenessProbe", "readinessProbe"] {
             assert!(!probe(&first, name), "{name} of a daemon that does not run");
         }
         first.start_as(&server, &pod, &[("NODE_NAME", "node1")]);
@@ -249,7 +250,7 @@ fn the_daemonsets_rights_and_capability_are_enough_and_each_is_needed() {
         first.reaches("10.244.2.0").await;
         let settled = async || server.condition("node1").await == Some("False".into());
         first.eventually("the condition", settled).await;
-        for name in ["startupProbe", "livenessProbe", "readinessProbe"] {
+        for name in ["livenessProbe", "readinessProbe"] {
             assert!(probe(&first, name), "{name}: {}", first.status());
         }
         let own = json!({"flannel.alpha.coreos.com/kube-subnet-manager": null});
@@ -437,6 +438,7 @@ async fn the_chart_takes_every_option_of_every_backend_to_the_daemon() {
         let values = json!({
             "netConf": conf, "args": ["--iface=eth1"], "verbosity": 1, "image": {"repository": "r.example.org/x", "tag": "t"},
             "imagePullSecrets": [{"name": "s"}], "podAnnotations": {"a": "b"}, "maxUnavailable": "10%",
+            "healthz": {"ip": "0.0.0.0", "port": 9600},
         });
         for document in rendered(&values) {
             let made = apply(&client, &document, "&dryRun=All").await;
@@ -462,10 +464,15 @@ async fn the_chart_takes_every_option_of_every_backend_to_the_daemon() {
                     "--kube-subnet-mgr",
                     "--ip-masq",
                     "--psk-file=/etc/ringmail/psk",
+                    "--healthz-ip=0.0.0.0",
+                    "--healthz-port=9600",
                     "--v=1",
                     "--iface=eth1",
                 ];
                 assert_eq!(container["args"], json!(words));
+                for probe in ["livenessProbe", "readinessProbe"] {
+                    assert_eq!(container[probe]["httpGet"]["port"], 9600);
+                }
                 // /dev/net/tun is a device, which only a privileged container gets.
                 assert_eq!(container["securityContext"]["privileged"], backend["Type"] == "udp");
             }

@@ -1,7 +1,8 @@
 //! The daemon itself over a real API server: nodes as network namespaces on a bridge, all in a network of the test's own.
 
 use std::fs::{self, File};
-use std::net::Ipv4Addr;
+use std::io::{Read as _, Write as _};
+use std::net::{Ipv4Addr, TcpStream};
 use std::os::fd::{AsFd as _, AsRawFd as _};
 use std::os::unix::fs::symlink;
 use std::path::{Path, PathBuf};
@@ -269,6 +270,17 @@ impl Host {
     pub(crate) fn ask(&self, verb: &str) -> (bool, String) {
         let (program, run) = (env!("CARGO_BIN_EXE_ringmail"), self.folder.join("run"));
         self.attempt(&format!("{program} {verb} --run-dir {}", run.display()))
+    }
+
+    /// The status of what the daemon serves at an address and port of the host; `None` where nobody listens.
+    pub(crate) fn get(&self, place: &str, path: &str) -> Option<u16> {
+        self.inside(|| {
+            let mut stream = TcpStream::connect(place).ok()?;
+            write!(stream, "GET {path} HTTP/1.1\r\nHost: {place}\r\n\r\n").ok()?;
+            let mut answer = String::new();
+            stream.read_to_string(&mut answer).ok()?;
+            answer.split(' ').nth(1)?.parse().ok()
+        })
     }
 
     /// Takes away what the daemon made; it must do well.
