@@ -8,6 +8,7 @@ mod extension;
 pub mod manager;
 mod sockets;
 mod sources;
+mod troubles;
 mod tunnels;
 pub mod turn;
 
@@ -28,7 +29,7 @@ use crate::node::{Node, Settings};
 use crate::psk;
 use crate::reconcile::Reconciler;
 use crate::store::Store;
-use crate::store::kube::{Datapath, Kube};
+use crate::store::kube::{Datapath, Kube, Troubles};
 use crate::uplink::{self, Families};
 
 use manager::{Kept, Manager};
@@ -130,6 +131,15 @@ async fn start(flags: &Flags, manager: Manager, kept: Kept) -> Result<(), StartE
     let (lease_out, lease) = watch::channel(None);
     let (ready_out, mut ready) = watch::channel(false);
     let (datapath_out, datapath) = watch::channel(Datapath::default());
+    let (doubts_out, seen) = watch::channel(turn::Seen::default());
+    let (trouble, lease_trouble) = watch::channel(sources::LeaseTrouble::default());
+    let troubles = kube.is_some().then(|| troubles::Sources {
+        misconfigured: misconfigured.clone(),
+        psks: psks.clone(),
+        lease: lease_trouble,
+        seen,
+        datapath: datapath.clone(),
+    });
 
     let inputs = Inputs {
         settings,
@@ -148,6 +158,7 @@ async fn start(flags: &Flags, manager: Manager, kept: Kept) -> Result<(), StartE
         subnet_file: flags.subnet_file.clone(),
         ready: ready_out,
         datapath: datapath_out,
+        doubts: doubts_out,
     };
     let listener = admin::listen(&flags.run_dir).context("open the control socket")?;
     let (started_in, started) = oneshot::channel();
@@ -176,6 +187,7 @@ async fn start(flags: &Flags, manager: Manager, kept: Kept) -> Result<(), StartE
         psks,
         uplink,
         subnet_file: flags.subnet_file.clone(),
+        trouble,
     };
     let note = Remembered {
         lease_dir: remembered.0,
@@ -197,6 +209,11 @@ async fn start(flags: &Flags, manager: Manager, kept: Kept) -> Result<(), StartE
         misconfigured_in,
     ));
     tokio::spawn(extension.follow());
+    if let (Some(kube), Some(troubles)) = (kube.clone(), troubles) {
+        let (told, news) = watch::channel(Troubles::new());
+        tokio::spawn(troubles.follow(told));
+        tokio::spawn(async move { kube.tell(news).await });
+    }
     if let Some(kube) = kube.filter(|_| flags.set_node_network_unavailable) {
         tokio::spawn(async move { kube.report(datapath).await });
     }

@@ -7,6 +7,7 @@ mod cluster;
 mod kube {
     mod daemon;
     mod double;
+    pub(crate) mod events;
     mod faults;
     mod mesh;
     pub(crate) mod server;
@@ -622,10 +623,10 @@ async fn every_right_is_needed_and_no_other() {
             Duration::from_secs(2),
             Kube::open(server.access("rights.test", "rights-1")),
         );
-        let Ok(Ok(kube)) = opened.await else {
+        let Ok(Ok(opened)) = opened.await else {
             return Err("nodes list".into());
         };
-        let store = Store::Kube(kube);
+        let store = Store::Kube(opened.clone());
         let found = store.acquire(&name("rights-1"), &network(V4), &claim()).await;
         found.map_err(|error| error.to_string())?;
         sleep(Duration::from_secs(2)).await;
@@ -635,7 +636,8 @@ async fn every_right_is_needed_and_no_other() {
         let published = store.publish(&lease("rights-1", "10.10.1.0/24", 1)).await;
         published.map_err(|error| error.to_string())?;
         let released = store.release(&name("rights-1"), &subnets("10.10.1.0/24")).await;
-        released.map_err(|error| error.to_string())
+        released.map_err(|error| error.to_string())?;
+        kube::events::attempt(&server, &opened, "rights-1").await
     };
     attempt().await.expect("these rights are enough");
     for (resource, verb) in [
@@ -644,6 +646,8 @@ async fn every_right_is_needed_and_no_other() {
         ("nodes", "get"),
         ("nodes", "watch"),
         ("nodes/status", "patch"),
+        ("events", "create"),
+        ("events", "patch"),
     ] {
         server.allow(&without(resource, verb)).await;
         // The server learns of a rule from its own watch.

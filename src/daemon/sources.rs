@@ -236,6 +236,17 @@ pub(super) struct Keeper {
     pub(super) psks: watch::Receiver<psk::Held>,
     pub(super) uplink: watch::Receiver<Result<Uplink, UplinkError>>,
     pub(super) subnet_file: PathBuf,
+    /// What is wrong with the lease.
+    pub(super) trouble: watch::Sender<LeaseTrouble>,
+}
+
+/// What is wrong with the own lease.
+#[derive(Clone, Debug, Default, PartialEq)]
+pub(super) struct LeaseTrouble {
+    /// The subnet is another by now, and the lease does not say so yet.
+    pub(super) moved: Option<String>,
+    /// It can't be taken or published; not where the store is away.
+    pub(super) refused: Option<String>,
 }
 
 impl Keeper {
@@ -269,11 +280,18 @@ impl Keeper {
             let again = match outcome {
                 Ok(()) => {
                     (wait, failing) = (FIRST, None);
+                    if wanted.is_some() {
+                        let right = LeaseTrouble::default();
+                        let replaced = |before: &mut LeaseTrouble| std::mem::replace(before, right.clone()) != right;
+                        self.trouble.send_if_modified(replaced);
+                    }
                     None
                 }
                 // The loop then says another lease.
                 Err(moved @ StoreError::Moved { .. }) => {
                     warn!("{moved}");
+                    self.trouble
+                        .send_modify(|trouble| trouble.moved = Some(moved.to_string()));
                     held = self.hold(&holding, &health, &mut note, &run_dir).await?;
                     (wait, failing) = (FIRST, None);
                     None
@@ -283,6 +301,7 @@ impl Keeper {
                     if failing.as_ref() != Some(&text) {
                         error!(error = text, "the lease can't be published; trying again");
                     }
+                    self.failed(&error, &text);
                     failing = Some(text);
                     let now = wait;
                     wait = (wait * 2).min(SLOWEST);
@@ -343,6 +362,14 @@ impl Keeper {
         }
     }
 
+    /// A call of the store failed; that it is away is told by its health.
+    fn failed(&self, error: &StoreError, text: &str) {
+        if !matches!(error, StoreError::KubeAway { .. }) {
+            self.trouble
+                .send_modify(|trouble| trouble.refused = Some(text.to_owned()));
+        }
+    }
+
     fn pulse(&self, health: &watch::Sender<Health>) {
         let now = self.store.health();
         health.send_if_modified(|before| {
@@ -382,6 +409,7 @@ impl Keeper {
                     if failing.as_ref() != Some(&text) {
                         error!(error = text, "no subnet can be taken; trying again");
                     }
+                    self.failed(&error, &text);
                     failing = Some(text);
                 }
             }

@@ -59,6 +59,17 @@ pub struct Report {
     pub peers: Vec<PeerReport>,
 }
 
+/// What a person should look at, beside what is wrong with this node's own parts. The texts stay the same while it lasts.
+#[derive(Clone, Debug, Default, Eq, PartialEq)]
+pub struct Doubts {
+    /// About the PSKs held.
+    pub psks: Option<String>,
+    /// About the own lease.
+    pub lease: Option<String>,
+    /// About the leases of others.
+    pub peers: Option<String>,
+}
+
 /// An epoch to come, as JSON shows it.
 #[derive(Clone, Debug, Deserialize, Eq, PartialEq, Serialize)]
 pub struct NextEpoch {
@@ -151,13 +162,7 @@ impl Node {
             problems.extend(psks::problems(&held, self.foreign()));
         }
         problems.extend(self.stalled().map(|why| format!("no new epoch can begin: {why}")));
-        if let Some(Refusal::Conflict { claim, others }) = self.claims.conflict(&self.settings.name) {
-            let others: Vec<String> = others.iter().map(ToString::to_string).collect();
-            problems.push(format!(
-                "{claim} of this node is also claimed by {}: remove that lease",
-                others.join(", ")
-            ));
-        }
+        problems.extend(self.contested());
         Report {
             node: self.settings.name.to_string(),
             network: texts(&mut self.settings.network.nets().map(|net| net.to_string())),
@@ -193,6 +198,42 @@ impl Node {
                 .iter()
                 .map(|(name, known)| self.peer_report(name, known, counters, now))
                 .collect(),
+        }
+    }
+
+    /// What another lease takes from this node.
+    fn contested(&self) -> Option<String> {
+        let Some(Refusal::Conflict { claim, others }) = self.claims.conflict(&self.settings.name) else {
+            return None;
+        };
+        let others: Vec<String> = others.iter().map(ToString::to_string).collect();
+        Some(format!(
+            "{claim} of this node is also claimed by {}: remove that lease",
+            others.join(", ")
+        ))
+    }
+
+    /// What is doubtful about PSKs and leases now. Goes through all peers.
+    pub fn doubts(&self) -> Doubts {
+        let held = match self.plain() {
+            Some(_) => return Doubts::default(),
+            None => self.psk_reports(Duration::ZERO),
+        };
+        // A lease that says nothing yet is no one's mistake.
+        let mut refused = self
+            .refusals()
+            .filter(|(_, refusal)| !matches!(refusal, Refusal::Silent));
+        let first = refused
+            .next()
+            .map(|(name, refusal)| format!("the lease of node {name} is refused: {refusal}"));
+        let more = match refused.count() {
+            0 => String::new(),
+            count => format!("; and {count} more: `ringmail status` names them"),
+        };
+        Doubts {
+            psks: psks::alone(&held, self.foreign()),
+            lease: self.contested(),
+            peers: first.map(|first| first + &more),
         }
     }
 

@@ -159,14 +159,21 @@ impl Failure {
     pub(super) fn answered(doing: &'static str, code: u16, message: &str) -> Self {
         let remedy = match code {
             401 => ": the credentials are not accepted: look at the kubeconfig, or at the Pod's service account",
-            403 => ": this account needs get, list and watch on nodes, patch on nodes/status, and get on pods",
+            403 => {
+                ": this account needs get, list and watch on nodes, patch on nodes/status, get on pods, create and \
+                 patch on events"
+            }
             _ => "",
         };
+        let why = format!("{message} ({code}){remedy}");
         Self {
-            error: StoreError::Kube {
-                doing,
-                why: format!("{message} ({code}){remedy}"),
-                transient: true,
+            error: match code {
+                429 | 500.. => StoreError::KubeAway { doing, why },
+                _ => StoreError::Kube {
+                    doing,
+                    why,
+                    transient: true,
+                },
             },
             code: Some(code),
         }
@@ -174,11 +181,7 @@ impl Failure {
 
     pub(super) fn lost(doing: &'static str, why: String) -> Self {
         Self {
-            error: StoreError::Kube {
-                doing,
-                why,
-                transient: true,
-            },
+            error: StoreError::KubeAway { doing, why },
             code: None,
         }
     }

@@ -1,0 +1,76 @@
+//! What an operator is told of on the Node, put together from those who notice it.
+
+use tokio::sync::watch;
+
+use super::sources::LeaseTrouble;
+use super::turn::Seen;
+use crate::psk;
+use crate::reconcile::chain;
+use crate::store::kube::{Datapath, Topic, Troubles};
+
+/// Who notices what.
+pub(super) struct Sources {
+    pub(super) misconfigured: watch::Receiver<Option<String>>,
+    pub(super) psks: watch::Receiver<psk::Held>,
+    pub(super) lease: watch::Receiver<LeaseTrouble>,
+    pub(super) seen: watch::Receiver<Seen>,
+    pub(super) datapath: watch::Receiver<Datapath>,
+}
+
+impl Sources {
+    /// Keeps `told` at what is wrong, until nobody listens.
+    pub(super) async fn follow(mut self, told: watch::Sender<Troubles>) {
+        loop {
+            let now = gather(
+                self.misconfigured.borrow_and_update().as_deref(),
+                self.psks.borrow_and_update().error.as_ref(),
+                &self.lease.borrow_and_update(),
+                &self.seen.borrow_and_update(),
+                &self.datapath.borrow_and_update(),
+            );
+            told.send_if_modified(|before| {
+                let differs = *before != now;
+                *before = now;
+                differs
+            });
+            // A source that ended keeps its last value.
+            tokio::select! {
+                () = told.closed() => return,
+                Ok(()) = self.misconfigured.changed() => {}
+                Ok(()) = self.psks.changed() => {}
+                Ok(()) = self.lease.changed() => {}
+                Ok(()) = self.seen.changed() => {}
+                Ok(()) = self.datapath.changed() => {}
+            }
+        }
+    }
+}
+
+fn gather(
+    misconfigured: Option<&str>,
+    psk: Option<&psk::PskError>,
+    lease: &LeaseTrouble,
+    seen: &Seen,
+    datapath: &Datapath,
+) -> Troubles {
+    let broken = match datapath {
+        Datapath::Broken(why) => Some(why.clone()),
+        Datapath::Starting | Datapath::Works => None,
+    };
+    let refused =
+        misconfigured.map(|why| format!("the new configuration is refused, the last good one is in force: {why}"));
+    let unread = psk.map(|error| format!("the PSK can't be read, those in use stay: {}", chain(error)));
+    let all = [
+        (Topic::Configuration, refused.or_else(|| seen.unfit.clone())),
+        (Topic::Psk, unread),
+        (Topic::Alone, seen.doubts.psks.clone()),
+        (Topic::Subnet, lease.moved.clone()),
+        (
+            Topic::Lease,
+            lease.refused.clone().or_else(|| seen.doubts.lease.clone()),
+        ),
+        (Topic::Peers, seen.doubts.peers.clone()),
+        (Topic::Datapath, broken),
+    ];
+    all.into_iter().filter_map(|(topic, why)| Some((topic, why?))).collect()
+}
