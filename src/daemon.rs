@@ -29,7 +29,7 @@ use crate::node::{Node, Settings};
 use crate::psk;
 use crate::reconcile::Reconciler;
 use crate::store::Store;
-use crate::store::kube::{Datapath, Kube, Troubles};
+use crate::store::kube::{Datapath, Kube, Secrets, Troubles};
 use crate::uplink::{self, Families};
 
 use manager::{Kept, Manager};
@@ -105,7 +105,14 @@ async fn start(flags: &Flags, manager: Manager, kept: Kept) -> Result<(), StartE
         warn!("{warning}");
     }
     let backend = conf.backend.served().map_err(|e| wrong(e.into()))?.clone();
-    let (keys_in, psks) = sources::first_keys(&backend, &conf.network).map_err(wrong)?;
+    let secrets = match flags.secret().map_err(|e| wrong(e.into()))? {
+        Some((access, secret)) => Some(Secrets::open(&access, secret).await.context("open the Secret")?),
+        None => None,
+    };
+    let keys = sources::first_keys(&backend, &conf.network, secrets.as_ref(), kube.as_ref())
+        .await
+        .map_err(wrong)?;
+    let psks = keys.held;
     let mut uplink = uplink::watch(flags.choice(conf.network), Families::of(&conf.network)).await;
     if let Some(kube) = &kube {
         uplink = sources::advertised(uplink, kube.wishes());
@@ -205,7 +212,7 @@ async fn start(flags: &Flags, manager: Manager, kept: Kept) -> Result<(), StartE
         store,
         backend,
         settings_in,
-        keys_in,
+        (keys.source, keys.sender, secrets),
         misconfigured_in,
     ));
     tokio::spawn(extension.follow());
@@ -291,12 +298,14 @@ fn turn_thread(
 }
 
 /// Reads the keys where `backend` says they are, and follows them; none where it has no use for any.
-fn keys_of(backend: &Backend, network: &Network) -> watch::Receiver<psk::Held> {
+fn keys_of(backend: &Backend, network: &Network, secrets: Option<&Secrets>) -> watch::Receiver<psk::Held> {
+    let none = || watch::channel(psk::Held { set: None, error: None }).1;
     let Some(ipsec) = backend.ipsec() else {
-        return watch::channel(psk::Held { set: None, error: None }).1;
+        return none();
     };
     match &ipsec.psk {
         PskSource::File(path) => psk::watch(path.clone(), network.to_string(), REREAD),
+        PskSource::Secret(_) => secrets.map_or_else(none, |secrets| secrets.watch(network.to_string())),
         PskSource::Inline(psk) => {
             let set = psk::PskSet::of(psk.clone());
             watch::channel(psk::Held {

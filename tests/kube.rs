@@ -10,6 +10,7 @@ mod kube {
     pub(crate) mod events;
     mod faults;
     mod mesh;
+    mod secret;
     pub(crate) mod server;
 }
 
@@ -34,6 +35,7 @@ fn network(text: &str) -> Network {
     let context = Context {
         file: "test",
         psk_file: None,
+        psk_secret: None,
     };
     NetConf::parse(&json, &context).expect("a configuration").network
 }

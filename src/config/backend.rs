@@ -17,6 +17,7 @@ use super::json::{Members, Scalar, Show, nearest, parsed, shorten, value, whole}
 use super::plain;
 use crate::backend::Plain;
 use crate::backend::ipsec::{self, Soft};
+use crate::psk::SecretName;
 
 /// How the mesh's packets travel.
 #[derive(Clone, Debug)]
@@ -213,6 +214,8 @@ const LONGEST_GRACE: Duration = Duration::from_secs(7 * 24 * 3600);
 pub enum PskSource {
     /// A file, or a folder of files.
     File(PathBuf),
+    /// A Secret of Kubernetes, through the API.
+    Secret(SecretName),
     /// net-conf.json itself.
     Inline(Arc<keys::Psk>),
 }
@@ -325,6 +328,8 @@ impl Members for Raw {
 pub(super) struct Around<'a> {
     /// `--psk-file`.
     pub(super) psk_file: Option<&'a Path>,
+    /// `--psk-secret`.
+    pub(super) psk_secret: Option<&'a SecretName>,
     /// The Network as text, which a PSK is bound to.
     pub(super) network: &'a str,
     /// Whether the mesh carries IPv6.
@@ -375,6 +380,13 @@ impl Raw {
     }
 
     fn source(&mut self, around: &Around<'_>) -> Result<PskSource, Rule> {
+        if let Some(secret) = around.psk_secret {
+            if self.has_psk() {
+                self.warnings
+                    .push("--psk-secret counts: the Backend's own PSK is not used".into());
+            }
+            return Ok(PskSource::Secret(secret.clone()));
+        }
         match (around.psk_file, self.psk_file.take(), self.psk.take()) {
             (None, None, None) => Err(Rule::NoPsk),
             (None, Some(_), Some(_)) => Err(Rule::TwoPsks),

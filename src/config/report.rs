@@ -58,6 +58,7 @@ fn backend(backend: &Backend) -> Value {
     let tuning = &ipsec.tuning;
     let psk = match &ipsec.psk {
         PskSource::File(path) => json!({ "file": path.display().to_string() }),
+        PskSource::Secret(secret) => json!({ "secret": secret.to_string() }),
         PskSource::Inline(psk) => json!({ "kid": psk.kid().to_string() }),
     };
     let encap = match tuning.encap.mode {

@@ -21,6 +21,7 @@ fn parse(json: &str) -> Result<NetConf, ConfError> {
         &Context {
             file: "net-conf.json",
             psk_file: None,
+            psk_secret: None,
         },
     )
 }
@@ -31,6 +32,7 @@ fn with_file(json: &str) -> Result<NetConf, ConfError> {
         &Context {
             file: "net-conf.json",
             psk_file: Some(Path::new("/etc/ringmail/psk")),
+            psk_secret: None,
         },
     )
 }
@@ -568,7 +570,7 @@ fn an_uplink_address_inside_the_network_is_an_overlap() {
 
 #[test]
 fn a_missing_file_is_named_with_its_cause() {
-    let error = NetConf::load(Path::new("/nonexistent/net-conf.json"), None).unwrap_err();
+    let error = NetConf::load(Path::new("/nonexistent/net-conf.json"), None, None).unwrap_err();
     assert_eq!(
         error.to_string(),
         "/nonexistent/net-conf.json: the network configuration can't be read"

@@ -59,10 +59,8 @@ fn gather(
     };
     let refused =
         misconfigured.map(|why| format!("the new configuration is refused, the last good one is in force: {why}"));
-    let unread = psk.map(|error| format!("the PSK can't be read, those in use stay: {}", chain(error)));
     let all = [
         (Topic::Configuration, refused.or_else(|| seen.unfit.clone())),
-        (Topic::Psk, unread),
         (Topic::Alone, seen.doubts.psks.clone()),
         (Topic::Subnet, lease.moved.clone()),
         (
@@ -72,5 +70,12 @@ fn gather(
         (Topic::Peers, seen.doubts.peers.clone()),
         (Topic::Datapath, broken),
     ];
-    all.into_iter().filter_map(|(topic, why)| Some((topic, why?))).collect()
+    let all = all.into_iter().filter_map(|(topic, why)| Some((topic, why?)));
+    all.chain(psk.and_then(of_keys)).collect()
+}
+
+/// What is wrong with the PSKs; that the API server can't be asked is nothing to tell it.
+pub(super) fn of_keys(error: &psk::PskError) -> Option<(Topic, String)> {
+    let text = || format!("the PSK can't be read, those in use stay: {}", chain(error));
+    (!error.is_outage()).then(|| (Topic::Psk, text()))
 }

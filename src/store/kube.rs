@@ -25,6 +25,7 @@ mod follow;
 mod news;
 mod notes;
 mod own;
+mod secret;
 mod view;
 
 use std::collections::BTreeMap;
@@ -49,6 +50,7 @@ pub use news::{Topic, Troubles};
 pub use notes::Keys;
 use notes::Notes;
 use own::{assigned, node_of_pod};
+pub use secret::Secrets;
 use view::{Record, View};
 
 /// The first wait after a failure; it doubles up to [`SLOWEST`].

@@ -130,6 +130,11 @@ impl Connector {
         }
     }
 
+    /// A client for one call, whose connection goes with it.
+    pub(super) fn once(&self, doing: &'static str) -> Result<Client, Failure> {
+        Client::try_from(self.config.clone()).map_err(|error| Failure::lost(doing, text(&error)))
+    }
+
     /// Gives all connections up.
     pub(super) fn forget(&self) {
         // It was made of the same before.
@@ -159,10 +164,7 @@ impl Failure {
     pub(super) fn answered(doing: &'static str, code: u16, message: &str) -> Self {
         let remedy = match code {
             401 => ": the credentials are not accepted: look at the kubeconfig, or at the Pod's service account",
-            403 => {
-                ": this account needs get, list and watch on nodes, patch on nodes/status, get on pods, create and \
-                 patch on events"
-            }
+            403 => ": give this account that right",
             _ => "",
         };
         let why = format!("{message} ({code}){remedy}");
