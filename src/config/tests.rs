@@ -514,6 +514,28 @@ const GOLDEN: &[(&str, &str)] = &[
 ];
 
 #[test]
+fn a_secret_makes_ipsec_the_default_and_goes_before_the_backends_own_psk() {
+    let secret = "kube-system/psk".parse().unwrap();
+    let read = |backend: &str| {
+        let context = Context {
+            file: "net-conf.json",
+            psk_file: None,
+            psk_secret: Some(&secret),
+        };
+        let conf = NetConf::parse(&format!(r#"{{"Network": "10.244.0.0/16"{backend}}}"#), &context).unwrap();
+        let ipsec = conf.backend.ipsec().expect("ipsec").clone();
+        assert!(matches!(&ipsec.psk, PskSource::Secret(of) if *of == secret));
+        conf.warnings
+    };
+    assert!(read("").is_empty());
+    assert!(read(r#", "Backend": {"Type": "ipsec"}"#).is_empty());
+    for own in [r#""PSKFile": "/run/psk""#.to_owned(), format!(r#""PSK": "{PSK}""#)] {
+        let warnings = read(&format!(r#", "Backend": {{{own}}}"#));
+        assert_eq!(warnings, ["--psk-secret counts: the Backend's own PSK is not used"]);
+    }
+}
+
+#[test]
 fn a_psk_that_is_short_doubled_or_missing_is_refused() {
     let text = |backend: &str| {
         parse(&format!(r#"{{"Network": "10.244.0.0/16", "Backend": {backend}}}"#))

@@ -79,3 +79,47 @@ pub(super) fn of_keys(error: &psk::PskError) -> Option<(Topic, String)> {
     let text = || format!("the PSK can't be read, those in use stay: {}", chain(error));
     (!error.is_outage()).then(|| (Topic::Psk, text()))
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::node::report::Doubts;
+    use crate::psk::{PskError, SecretError};
+
+    fn text(troubles: &Troubles) -> String {
+        let each = troubles.iter().map(|(topic, why)| format!("{topic:?}: {why}"));
+        each.collect::<Vec<_>>().join("\n")
+    }
+
+    #[test]
+    fn everything_that_is_noticed_is_told_and_that_the_server_is_away_is_not() {
+        let lease = LeaseTrouble {
+            moved: Some("moved".into()),
+            refused: None,
+        };
+        let seen = Seen {
+            unfit: Some("unfit".into()),
+            doubts: Doubts {
+                psks: Some("alone".into()),
+                lease: Some("claimed".into()),
+                peers: Some("forged".into()),
+            },
+        };
+        let secret = |why| PskError::Secret {
+            secret: "a/b".parse().unwrap(),
+            why,
+        };
+        let broken = Datapath::Broken("no link".into());
+        let all = gather(None, Some(&secret(SecretError::Empty)), &lease, &seen, &broken);
+        let rest = "Alone: alone\nSubnet: moved\nLease: claimed\nPeers: forged\nDatapath: no link";
+        let psk = "Psk: the PSK can't be read, those in use stay: PSK Secret a/b holds no key: put one in it that \
+                   `ringmail keygen` made\n";
+        assert_eq!(text(&all), format!("Configuration: unfit\n{psk}{rest}"));
+        let away = secret(SecretError::Away("no route".into()));
+        let all = gather(Some("no JSON"), Some(&away), &lease, &seen, &broken);
+        let refused = "Configuration: the new configuration is refused, the last good one is in force: no JSON\n";
+        assert_eq!(text(&all), format!("{refused}{rest}"));
+        let nothing = gather(None, None, &LeaseTrouble::default(), &Seen::default(), &Datapath::Works);
+        assert_eq!(nothing, Troubles::new());
+    }
+}
