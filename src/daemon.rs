@@ -21,6 +21,7 @@ use tokio::sync::{mpsc, oneshot, watch};
 use tracing::{info, warn};
 
 use crate::admin::{self, Remembered, RememberedEtcd, RememberedKube, Single};
+use crate::backend::{Plain, vxlan};
 use crate::config::flags::Environment;
 use crate::config::{self, Backend, Flags, NetConf, PskSource, Tuning, check_overlap};
 use crate::kernel::netlink::{Netlink, Options};
@@ -339,6 +340,7 @@ fn settings(flags: &Flags, conf: &NetConf, advertisements: bool) -> Settings {
         // What the kernel knows is found by the loop.
         directed: false,
         plain,
+        plaintext: tuning.plaintext.then(|| Plain::Vxlan(vxlan::Settings::default())),
         prepared: None,
         forward: flags.iptables_forward_rules,
         blackhole: flags.ip_blackhole_route,

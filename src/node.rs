@@ -17,6 +17,7 @@ use litemap::LiteMap;
 use xfrm::{Direction, Sa, SaId};
 
 use crate::admission::{self, Admitted, Claims, Refusal};
+use crate::backend::Plain;
 use crate::backend::ipsec::Soft;
 use crate::carrier::Choice;
 use crate::epochs::{Generation, Inherited, Pair, Rollback};
@@ -227,14 +228,19 @@ impl Node {
     }
 
     /// Takes new settings. The Network can't change while the node lives; the caller refuses that. True where encryption
-    /// begins or ends with it: then every lease is forgotten, and to be told anew ([`Node::leased`]) before the next pass.
+    /// begins or ends with it, or plaintext peers are allowed or no longer: then every lease is to be told anew ([`Node::leased`]) before the next pass.
     pub fn configure(&mut self, settings: Settings) -> bool {
         if settings == self.settings {
             return false;
         }
         let switches = settings.plain.is_some() != self.settings.plain.is_some();
+        let opens = settings.plaintext != self.settings.plaintext;
         self.everything_dirty();
         self.settings = settings;
+        if opens {
+            self.open.clear();
+            self.everything_dirty();
+        }
         if switches {
             for name in self.peers.keys().cloned().collect::<Vec<_>>() {
                 self.drop_peer(&name);
@@ -246,7 +252,7 @@ impl Node {
             self.want(Cause::Changed);
         }
         self.check_statement();
-        switches
+        switches || opens
     }
 
     /// The uplink is this now.
@@ -274,6 +280,10 @@ impl Node {
         }
         if self.settings.plain.is_some() {
             return self.leased_plain(name, lease);
+        }
+        let allowed = self.settings.plaintext.as_ref().map(Plain::lease_type);
+        if allowed.is_some() {
+            self.claim(name, lease);
         }
         let touched = match lease {
             None => self.vanish(name, now),
@@ -313,6 +323,13 @@ impl Node {
                             }
                         }
                     }
+                    // It has gone back to plaintext, or never was without.
+                    Err(Refusal::Backend(_)) if allowed == Some(lease.backend.as_str()) => {
+                        (known.admitted, known.proof, known.refusal) = (None, None, None);
+                        known.vanished = None;
+                        self.bygone.set(name, None);
+                        self.claims.set(name, None)
+                    }
                     Err(refusal) => {
                         known.refusal = Some(self.psks.explain(refusal));
                         BTreeSet::new()
@@ -320,6 +337,7 @@ impl Node {
                 }
             }
         };
+        self.dirty.extend(allowed.is_some().then(|| Scope::Peer(name.clone())));
         self.reconsider(name, now);
         for other in touched {
             self.reconsider(&other, now);
@@ -378,6 +396,7 @@ impl Node {
             for base in subnets.bases().iter() {
                 self.bases.insert(base, name.clone());
             }
+            self.contend(&subnets);
             let peer = Peer {
                 slot: admitted.slot,
                 subnets,
@@ -418,6 +437,7 @@ impl Node {
             for base in peer.subnets.bases().iter() {
                 self.bases.remove(&base);
             }
+            self.contend(&peer.subnets);
             if let Some(queued) = peer.queued {
                 self.due.remove(&(queued, name.clone()));
             }
@@ -597,12 +617,16 @@ impl Node {
         let newest = self.own.values().next_back()?;
         let kid_holder = |kid: &Kid| self.psks.get(*kid).cloned();
         let psks: Option<Vec<Arc<Psk>>> = newest.statement.kids.iter().map(kid_holder).collect();
+        let data = admission::publish(&newest.encoded, &psks?);
+        if let Some(shown) = self.shown_to_plaintext(&data) {
+            return Some(shown);
+        }
         Some(Lease {
             node: self.settings.name.clone(),
             subnets: newest.statement.subnets.iter().copied().collect(),
             public: newest.statement.addresses.iter().copied().collect(),
             backend: "ipsec".into(),
-            data: admission::publish(&newest.encoded, &psks?),
+            data,
             v6_data: BackendData::NULL,
         })
     }
@@ -663,6 +687,9 @@ impl Node {
     pub fn everything_dirty(&mut self) {
         self.dirty.insert(Scope::Node);
         self.dirty.extend(self.peers.keys().cloned().map(Scope::Peer));
+        if self.settings.plaintext.is_some() {
+            self.dirty.extend(self.known.keys().cloned().map(Scope::Peer));
+        }
         if self.plain().is_some() {
             self.dirty.extend(self.known.keys().cloned().map(Scope::Peer));
             // What was left while this was not known yet can be told now.
@@ -747,7 +774,7 @@ impl Node {
 
     /// The last pass left this trouble for a peer, or none.
     pub fn troubled(&mut self, name: &NodeName, trouble: Option<String>) {
-        if self.plain().is_some() {
+        if self.plain().is_some() || !self.peers.contains_key(name) {
             return self.open.troubled(name, trouble);
         }
         if let Some(peer) = self.peers.get_mut(name) {

@@ -514,6 +514,28 @@ const GOLDEN: &[(&str, &str)] = &[
 ];
 
 #[test]
+fn plaintext_peers_are_allowed_by_word_alone_and_warned_of() {
+    let read = |more: &str| {
+        let conf = parse(&format!(
+            r#"{{"Network": "10.244.0.0/16", "Backend": {{"Type": "ipsec", "PSKFile": "/run/psk"{more}}}}}"#
+        ));
+        let conf = conf.unwrap();
+        (conf.backend.ipsec().expect("ipsec").tuning.plaintext, conf.warnings)
+    };
+    assert_eq!(read(""), (false, vec![]));
+    assert_eq!(read(r#", "AllowPlaintextPeers": false"#), (false, vec![]));
+    let warning =
+        "Backend.AllowPlaintextPeers: peers of backend vxlan are served unencrypted; take it out when none is left";
+    assert_eq!(
+        read(r#", "AllowPlaintextPeers": true"#),
+        (true, vec![warning.to_owned()])
+    );
+    let wrong =
+        r#"{"Network": "10.244.0.0/16", "Backend": {"Type": "ipsec", "PSKFile": "/p", "AllowPlaintextPeers": "yes"}}"#;
+    assert!(parse(wrong).is_err());
+}
+
+#[test]
 fn a_secret_makes_ipsec_the_default_and_goes_before_the_backends_own_psk() {
     let secret = "kube-system/psk".parse().unwrap();
     let read = |backend: &str| {

@@ -324,8 +324,12 @@ impl Turn {
         self.unfit = None;
         let directed = self.directed;
         let backend = settings.plain.as_ref().map_or("ipsec", |plain| plain.name());
+        let plaintext = settings.plaintext.is_some();
         if reconciler.node.configure(Settings { directed, ..settings }) {
-            info!(backend, "encryption begins or ends with the new configuration");
+            info!(
+                backend,
+                plaintext, "what may go unencrypted has changed with the new configuration"
+            );
             self.seen = Revision::default();
             self.published = None;
         }

@@ -8,7 +8,7 @@ use serde::{Deserialize, Serialize};
 use xfrm::{Limits, SaId};
 
 use super::psks::{self, PskReport};
-use super::{Known, Node, Peer};
+use super::{Known, Node, Peer, some};
 use crate::admission::Refusal;
 use crate::backend::{Plain, ipsec};
 use crate::epochs::{Data, Generation};
@@ -163,6 +163,7 @@ impl Node {
         }
         problems.extend(self.stalled().map(|why| format!("no new epoch can begin: {why}")));
         problems.extend(self.contested());
+        problems.extend(self.exposed());
         Report {
             node: self.settings.name.to_string(),
             network: texts(&mut self.settings.network.nets().map(|net| net.to_string())),
@@ -199,6 +200,23 @@ impl Node {
                 .map(|(name, known)| self.peer_report(name, known, counters, now))
                 .collect(),
         }
+    }
+
+    /// Which peers are served in plaintext, where that is allowed.
+    fn exposed(&self) -> Option<String> {
+        self.settings.plaintext.as_ref()?;
+        let names = self.known.keys().filter(|name| self.in_plaintext(name));
+        let names: Vec<String> = names.map(ToString::to_string).collect();
+        Some(match names.as_slice() {
+            [] => "AllowPlaintextPeers is on, and no peer needs it: take it out of net-conf.json".to_owned(),
+            names => format!(
+                "{} of {} peers in PLAINTEXT, as AllowPlaintextPeers allows: {}; whoever can write leases can add to them: \
+                 take it out of net-conf.json when they have moved",
+                names.len(),
+                self.known.len(),
+                some(names)
+            ),
+        })
     }
 
     /// What another lease takes from this node.
@@ -269,10 +287,17 @@ impl Node {
             self.plain_report(plain, name, &mut report);
             return report;
         }
+        let plaintext = self.in_plaintext(name);
         let Some(peer) = self.peers.get(name) else {
+            if let Some(plain) = self.settings.plaintext.as_ref().filter(|_| report.reason.is_none()) {
+                self.plain_report(plain, name, &mut report);
+            }
             return report;
         };
         self.serving(peer, &mut report, now);
+        if plaintext {
+            report.state = State::Plain;
+        }
         if let Some(refusal) = &known.refusal {
             report.reason = Some(format!(
                 "the newest lease is refused, its last good one serves: {refusal}"
