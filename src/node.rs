@@ -396,7 +396,6 @@ impl Node {
             for base in subnets.bases().iter() {
                 self.bases.insert(base, name.clone());
             }
-            self.contend(&subnets);
             let peer = Peer {
                 slot: admitted.slot,
                 subnets,

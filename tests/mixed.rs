@@ -191,11 +191,21 @@ fn what_is_proved_goes_before_what_a_lease_only_says() {
         ["ringmail0"],
         "and it is sent nothing in plaintext for now"
     );
-    // Its lease vanishes while it is served.
+    // Its lease vanishes while it is served; once it is let go, the subnet is free.
     node1.leased(&real.node, None, Duration::ZERO);
     assert!(wants(&node1, &forged.node).is_empty());
+    node1.take_dirty();
+    node1.tick(Duration::from_secs(60), &mut || 0.5);
+    assert!(node1.take_dirty().contains(&Scope::Peer(forged.node.clone())));
+    assert_eq!(open(&wants(&node1, &forged.node)), (3, 0));
+    // A statement that is not believed is no lack of one.
+    let mut contradicted = node(4, true).lease().expect("a lease");
+    contradicted.public = make::uplink(Families::V4, 44).public;
+    hear(&mut node1, &contradicted);
+    assert_eq!(state(&node1, &contradicted.node), State::Refused);
+    assert!(wants(&node1, &contradicted.node).is_empty());
     // The own subnet, one of no slot, one that is too large.
-    for (number, subnets) in [(1, None), (9, Some("10.99.0.0/24")), (9, Some("10.244.0.0/20"))] {
+    for (number, subnets) in [(1, None), (9, Some("10.99.0.0/24")), (9, Some("10.244.32.0/20"))] {
         let mut lease = Lease::clone(&flannels("odd", number));
         if let Some(net) = subnets {
             lease.subnets = [net.parse().expect("a net")].into_iter().collect();

@@ -106,7 +106,8 @@ async fn comes_to(held: &mut watch::Receiver<Held>, numbers: &[u8], error: &str)
         let (held, told) = shown(held);
         held == kids && told.contains(error) && told.is_empty() == error.is_empty()
     };
-    let waited = timeout(Duration::from_secs(40), held.wait_for(wanted)).await.is_ok();
+    let waited = timeout(Duration::from_secs(40), held.wait_for(wanted)).await;
+    let waited = waited.is_ok_and(|seen| seen.is_ok());
     assert!(waited, "wanted {kids:?} {error:?}: {:?}", shown(&held.borrow()));
     began.elapsed()
 }
