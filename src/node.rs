@@ -14,19 +14,20 @@ use keys::{
     Carrier, Encoded, Epoch, EpochSecret, Inbound, Kid, Outbound, ProbeKey, Psk, PublicKey, SaKey, Slot, Statement,
 };
 use litemap::LiteMap;
-use xfrm::{Direction, Sa, SaId};
+use xfrm::{Sa, SaId};
 
 use crate::admission::{self, Admitted, Claims, Refusal};
 use crate::backend::Plain;
 use crate::backend::ipsec::Soft;
 use crate::carrier::Choice;
 use crate::epochs::{Generation, Inherited, Pair, Rollback};
-use crate::kernel::{Key, Object, Objects, Scope, reqid_slot};
+use crate::kernel::{Objects, Scope};
 use crate::lease::{BackendData, Lease, NodeName, Subnets};
 use crate::probe::{self, Schedule};
 use crate::uplink::Uplink;
 
 mod keyring;
+mod left;
 mod nat;
 pub mod pace;
 pub mod plain;
@@ -37,6 +38,7 @@ pub mod report;
 mod settings;
 mod vanished;
 
+use left::{Leftover, leftovers};
 use nat::{Learned, Mapping};
 pub use pace::Cause;
 use pace::Pace;
@@ -143,13 +145,6 @@ impl Known {
         let refusal = self.refusal.as_ref();
         matches!(refusal, Some(Refusal::NoCommonPsk { .. } | Refusal::PskDropped { .. }))
     }
-}
-
-/// What an earlier process left for one peer.
-#[derive(Clone, Debug, Default)]
-struct Leftover {
-    sas: BTreeMap<SaId, Sa>,
-    data: Option<SaId>,
 }
 
 /// A probe to send.
@@ -785,31 +780,4 @@ impl Node {
 /// The slot of the node that sends on an SA.
 fn sender(id: &SaId) -> Option<Slot> {
     keys::Spi(id.spi).parts().ok().map(|parts| parts.slot)
-}
-
-fn leftovers(left: &Objects) -> BTreeMap<Slot, Leftover> {
-    let mut all: BTreeMap<Slot, Leftover> = BTreeMap::new();
-    for (key, object) in left {
-        match (key, object) {
-            (Key::Sa(id), Object::Sa { sa, .. }) => {
-                if let Some(slot) = reqid_slot(sa.reqid) {
-                    all.entry(slot).or_default().sas.insert(*id, (**sa).clone());
-                }
-            }
-            (Key::Policy(id), Object::Policy(policy))
-                if id.direction == Direction::Out && id.selector.protocol == 0 =>
-            {
-                if let Some(template) = &policy.template
-                    && let Some(slot) = reqid_slot(template.reqid)
-                {
-                    all.entry(slot).or_default().data = Some(SaId {
-                        dst: template.dst,
-                        spi: template.spi,
-                    });
-                }
-            }
-            _ => {}
-        }
-    }
-    all
 }
