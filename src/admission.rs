@@ -147,11 +147,14 @@ pub fn verify(lease: &Lease, network: &Network, psks: &[Arc<Psk>]) -> Result<Adm
     if lease.backend.is_empty() && lease.data.is_null() {
         return Err(Refusal::Silent);
     }
-    if lease.backend != "ipsec" {
+    let garbage = |why: &dyn fmt::Display| Refusal::Garbage(why.to_string());
+    let published = lease.data.read::<Published>();
+    // A node that allows plaintext peers shows itself to them as one of their type, with its statement beside that.
+    let encrypts = lease.backend == "ipsec" || lease.backend == "vxlan" && published.is_ok();
+    if !encrypts {
         return Err(Refusal::Backend(lease.backend.chars().take(32).collect()));
     }
-    let garbage = |why: &dyn fmt::Display| Refusal::Garbage(why.to_string());
-    let published = lease.data.read::<Published>().map_err(|e| garbage(&e))?;
+    let published = published.map_err(|e| garbage(&e))?;
     let bytes = BASE64.decode(&published.statement).map_err(|e| garbage(&e))?;
     let statement = Statement::decode(&bytes).map_err(|e| garbage(&e))?;
     let encoded = statement.encode().map_err(|e| garbage(&e))?;

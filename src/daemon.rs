@@ -8,6 +8,7 @@ mod extension;
 pub mod manager;
 mod sockets;
 mod sources;
+mod troubles;
 mod tunnels;
 pub mod turn;
 
@@ -20,6 +21,7 @@ use tokio::sync::{mpsc, oneshot, watch};
 use tracing::{info, warn};
 
 use crate::admin::{self, Remembered, RememberedEtcd, RememberedKube, Single, http};
+use crate::backend::{Plain, vxlan};
 use crate::config::flags::Environment;
 use crate::config::{self, Backend, Flags, NetConf, PskSource, Tuning, check_overlap};
 use crate::kernel::netlink::{Netlink, Options};
@@ -28,7 +30,7 @@ use crate::node::{Node, Settings};
 use crate::psk;
 use crate::reconcile::Reconciler;
 use crate::store::Store;
-use crate::store::kube::{Datapath, Kube};
+use crate::store::kube::{Datapath, Kube, Secrets, Troubles};
 use crate::uplink::{self, Families};
 
 use manager::{Kept, Manager};
@@ -109,7 +111,14 @@ async fn start(flags: &Flags, manager: Manager, kept: Kept) -> Result<(), StartE
         warn!("{warning}");
     }
     let backend = conf.backend.served().map_err(|e| wrong(e.into()))?.clone();
-    let (keys_in, psks) = sources::first_keys(&backend, &conf.network).map_err(wrong)?;
+    let secrets = match flags.secret().map_err(|e| wrong(e.into()))? {
+        Some((access, secret)) => Some(Secrets::open(&access, secret).await.context("open the Secret")?),
+        None => None,
+    };
+    let keys = sources::first_keys(&backend, &conf.network, secrets.as_ref(), kube.as_ref())
+        .await
+        .map_err(wrong)?;
+    let psks = keys.held;
     let mut uplink = uplink::watch(flags.choice(conf.network), Families::of(&conf.network)).await;
     if let Some(kube) = &kube {
         uplink = sources::advertised(uplink, kube.wishes());
@@ -135,6 +144,15 @@ async fn start(flags: &Flags, manager: Manager, kept: Kept) -> Result<(), StartE
     let (lease_out, lease) = watch::channel(None);
     let (ready_out, mut ready) = watch::channel(false);
     let (datapath_out, datapath) = watch::channel(Datapath::default());
+    let (doubts_out, seen) = watch::channel(turn::Seen::default());
+    let (trouble, lease_trouble) = watch::channel(sources::LeaseTrouble::default());
+    let troubles = kube.is_some().then(|| troubles::Sources {
+        misconfigured: misconfigured.clone(),
+        psks: psks.clone(),
+        lease: lease_trouble,
+        seen,
+        datapath: datapath.clone(),
+    });
 
     let inputs = Inputs {
         settings,
@@ -153,6 +171,7 @@ async fn start(flags: &Flags, manager: Manager, kept: Kept) -> Result<(), StartE
         subnet_file: flags.subnet_file.clone(),
         ready: ready_out,
         datapath: datapath_out,
+        doubts: doubts_out,
     };
     let listener = admin::listen(&flags.run_dir).context("open the control socket")?;
     let (started_in, started) = oneshot::channel();
@@ -182,6 +201,7 @@ async fn start(flags: &Flags, manager: Manager, kept: Kept) -> Result<(), StartE
         psks,
         uplink,
         subnet_file: flags.subnet_file.clone(),
+        trouble,
     };
     let note = Remembered {
         lease_dir: remembered.0,
@@ -199,10 +219,15 @@ async fn start(flags: &Flags, manager: Manager, kept: Kept) -> Result<(), StartE
         store,
         backend,
         settings_in,
-        keys_in,
+        (keys.source, keys.sender, secrets),
         misconfigured_in,
     ));
     tokio::spawn(extension.follow());
+    if let (Some(kube), Some(troubles)) = (kube.clone(), troubles) {
+        let (told, news) = watch::channel(Troubles::new());
+        tokio::spawn(troubles.follow(told));
+        tokio::spawn(async move { kube.tell(news).await });
+    }
     if let Some(kube) = kube.filter(|_| flags.set_node_network_unavailable) {
         tokio::spawn(async move { kube.report(datapath).await });
     }
@@ -280,12 +305,14 @@ fn turn_thread(
 }
 
 /// Reads the keys where `backend` says they are, and follows them; none where it has no use for any.
-fn keys_of(backend: &Backend, network: &Network) -> watch::Receiver<psk::Held> {
+fn keys_of(backend: &Backend, network: &Network, secrets: Option<&Secrets>) -> watch::Receiver<psk::Held> {
+    let none = || watch::channel(psk::Held { set: None, error: None }).1;
     let Some(ipsec) = backend.ipsec() else {
-        return watch::channel(psk::Held { set: None, error: None }).1;
+        return none();
     };
     match &ipsec.psk {
         PskSource::File(path) => psk::watch(path.clone(), network.to_string(), REREAD),
+        PskSource::Secret(_) => secrets.map_or_else(none, |secrets| secrets.watch(network.to_string())),
         PskSource::Inline(psk) => {
             let set = psk::PskSet::of(psk.clone());
             watch::channel(psk::Held {
@@ -319,6 +346,7 @@ fn settings(flags: &Flags, conf: &NetConf, advertisements: bool) -> Settings {
         // What the kernel knows is found by the loop.
         directed: false,
         plain,
+        plaintext: tuning.plaintext.then(|| Plain::Vxlan(vxlan::Settings::default())),
         prepared: None,
         forward: flags.iptables_forward_rules,
         blackhole: flags.ip_blackhole_route,

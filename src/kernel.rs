@@ -40,6 +40,8 @@ pub mod priority {
     pub const PROBE: u32 = 0x7269_0100;
     /// A peer's data.
     pub const PEER: u32 = 0x7269_0200;
+    /// A peer's data in plaintext, where that is allowed: without a template, so its priority tells that it is ours.
+    pub const PLAINTEXT: u32 = 0x7269_0300;
     /// Guard: what stays on the node.
     pub const LOCAL: u32 = 0x7269_0400;
     /// Guard: all the rest of the Network.

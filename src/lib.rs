@@ -64,3 +64,4 @@ mod testing;
 pub mod tunnel;
 pub mod uplink;
 mod watched;
+pub mod wiping;

@@ -5,6 +5,10 @@ use std::process::ExitCode;
 use ringmail::cli::{self, Failure, Invocation, Shown, log, process};
 use ringmail::config::flags::{Environment, Flags};
 use ringmail::daemon::{self, StartError};
+use ringmail::wiping::{self, Wiping};
+
+#[global_allocator]
+static MEMORY: Wiping = Wiping;
 
 fn main() -> ExitCode {
     cli::finish(start())
@@ -27,6 +31,9 @@ fn start() -> Result<Shown, Failure> {
 /// The daemon, until it is told to stop.
 fn run(flags: &Flags, environment: &Environment) -> Result<Shown, Failure> {
     process::save_memory();
+    if flags.psk_secret.is_some() {
+        wiping::begin();
+    }
     log::start(flags.v, environment)?;
     match daemon::run(flags, environment) {
         Ok(()) => Ok(Shown::from(String::new())),

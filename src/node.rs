@@ -14,18 +14,20 @@ use keys::{
     Carrier, Encoded, Epoch, EpochSecret, Inbound, Kid, Outbound, ProbeKey, Psk, PublicKey, SaKey, Slot, Statement,
 };
 use litemap::LiteMap;
-use xfrm::{Direction, Sa, SaId};
+use xfrm::{Sa, SaId};
 
 use crate::admission::{self, Admitted, Claims, Refusal};
+use crate::backend::Plain;
 use crate::backend::ipsec::Soft;
 use crate::carrier::Choice;
 use crate::epochs::{Generation, Inherited, Pair, Rollback};
-use crate::kernel::{Key, Object, Objects, Scope, reqid_slot};
+use crate::kernel::{Objects, Scope};
 use crate::lease::{BackendData, Lease, NodeName, Subnets};
 use crate::probe::{self, Schedule};
 use crate::uplink::Uplink;
 
 mod keyring;
+mod left;
 mod nat;
 pub mod pace;
 pub mod plain;
@@ -36,6 +38,7 @@ pub mod report;
 mod settings;
 mod vanished;
 
+use left::{Leftover, leftovers};
 use nat::{Learned, Mapping};
 pub use pace::Cause;
 use pace::Pace;
@@ -144,13 +147,6 @@ impl Known {
     }
 }
 
-/// What an earlier process left for one peer.
-#[derive(Clone, Debug, Default)]
-struct Leftover {
-    sas: BTreeMap<SaId, Sa>,
-    data: Option<SaId>,
-}
-
 /// A probe to send.
 #[derive(Clone, Debug)]
 pub struct Datagram {
@@ -227,14 +223,19 @@ impl Node {
     }
 
     /// Takes new settings. The Network can't change while the node lives; the caller refuses that. True where encryption
-    /// begins or ends with it: then every lease is forgotten, and to be told anew ([`Node::leased`]) before the next pass.
+    /// begins or ends with it, or plaintext peers are allowed or no longer: then every lease is to be told anew ([`Node::leased`]) before the next pass.
     pub fn configure(&mut self, settings: Settings) -> bool {
         if settings == self.settings {
             return false;
         }
         let switches = settings.plain.is_some() != self.settings.plain.is_some();
+        let opens = settings.plaintext != self.settings.plaintext;
         self.everything_dirty();
         self.settings = settings;
+        if opens {
+            self.open.clear();
+            self.everything_dirty();
+        }
         if switches {
             for name in self.peers.keys().cloned().collect::<Vec<_>>() {
                 self.drop_peer(&name);
@@ -246,7 +247,7 @@ impl Node {
             self.want(Cause::Changed);
         }
         self.check_statement();
-        switches
+        switches || opens
     }
 
     /// The uplink is this now.
@@ -274,6 +275,10 @@ impl Node {
         }
         if self.settings.plain.is_some() {
             return self.leased_plain(name, lease);
+        }
+        let allowed = self.settings.plaintext.as_ref().map(Plain::lease_type);
+        if allowed.is_some() {
+            self.claim(name, lease);
         }
         let touched = match lease {
             None => self.vanish(name, now),
@@ -313,6 +318,13 @@ impl Node {
                             }
                         }
                     }
+                    // It has gone back to plaintext, or never was without.
+                    Err(Refusal::Backend(_)) if allowed == Some(lease.backend.as_str()) => {
+                        (known.admitted, known.proof, known.refusal) = (None, None, None);
+                        known.vanished = None;
+                        self.bygone.set(name, None);
+                        self.claims.set(name, None)
+                    }
                     Err(refusal) => {
                         known.refusal = Some(self.psks.explain(refusal));
                         BTreeSet::new()
@@ -320,6 +332,7 @@ impl Node {
                 }
             }
         };
+        self.dirty.extend(allowed.is_some().then(|| Scope::Peer(name.clone())));
         self.reconsider(name, now);
         for other in touched {
             self.reconsider(&other, now);
@@ -418,6 +431,7 @@ impl Node {
             for base in peer.subnets.bases().iter() {
                 self.bases.remove(&base);
             }
+            self.contend(&peer.subnets);
             if let Some(queued) = peer.queued {
                 self.due.remove(&(queued, name.clone()));
             }
@@ -597,12 +611,16 @@ impl Node {
         let newest = self.own.values().next_back()?;
         let kid_holder = |kid: &Kid| self.psks.get(*kid).cloned();
         let psks: Option<Vec<Arc<Psk>>> = newest.statement.kids.iter().map(kid_holder).collect();
+        let data = admission::publish(&newest.encoded, &psks?);
+        if let Some(shown) = self.shown_to_plaintext(&data) {
+            return Some(shown);
+        }
         Some(Lease {
             node: self.settings.name.clone(),
             subnets: newest.statement.subnets.iter().copied().collect(),
             public: newest.statement.addresses.iter().copied().collect(),
             backend: "ipsec".into(),
-            data: admission::publish(&newest.encoded, &psks?),
+            data,
             v6_data: BackendData::NULL,
         })
     }
@@ -663,6 +681,9 @@ impl Node {
     pub fn everything_dirty(&mut self) {
         self.dirty.insert(Scope::Node);
         self.dirty.extend(self.peers.keys().cloned().map(Scope::Peer));
+        if self.settings.plaintext.is_some() {
+            self.dirty.extend(self.known.keys().cloned().map(Scope::Peer));
+        }
         if self.plain().is_some() {
             self.dirty.extend(self.known.keys().cloned().map(Scope::Peer));
             // What was left while this was not known yet can be told now.
@@ -747,7 +768,7 @@ impl Node {
 
     /// The last pass left this trouble for a peer, or none.
     pub fn troubled(&mut self, name: &NodeName, trouble: Option<String>) {
-        if self.plain().is_some() {
+        if self.plain().is_some() || !self.peers.contains_key(name) {
             return self.open.troubled(name, trouble);
         }
         if let Some(peer) = self.peers.get_mut(name) {
@@ -759,31 +780,4 @@ impl Node {
 /// The slot of the node that sends on an SA.
 fn sender(id: &SaId) -> Option<Slot> {
     keys::Spi(id.spi).parts().ok().map(|parts| parts.slot)
-}
-
-fn leftovers(left: &Objects) -> BTreeMap<Slot, Leftover> {
-    let mut all: BTreeMap<Slot, Leftover> = BTreeMap::new();
-    for (key, object) in left {
-        match (key, object) {
-            (Key::Sa(id), Object::Sa { sa, .. }) => {
-                if let Some(slot) = reqid_slot(sa.reqid) {
-                    all.entry(slot).or_default().sas.insert(*id, (**sa).clone());
-                }
-            }
-            (Key::Policy(id), Object::Policy(policy))
-                if id.direction == Direction::Out && id.selector.protocol == 0 =>
-            {
-                if let Some(template) = &policy.template
-                    && let Some(slot) = reqid_slot(template.reqid)
-                {
-                    all.entry(slot).or_default().data = Some(SaId {
-                        dst: template.dst,
-                        spi: template.spi,
-                    });
-                }
-            }
-            _ => {}
-        }
-    }
-    all
 }

@@ -1,9 +1,10 @@
-//! The pre-shared keys: read from a file or a folder, followed as they change, and made (`ringmail keygen`).
+//! The pre-shared keys: read from a file, a folder or a Secret, followed as they change, and made (`ringmail keygen`).
 //!
 //! A folder holds one key a file, the newest first by name in natural order (`key-10` before `key-9`); a Secret mounted
 //! by Kubernetes is such a folder. A change that can't be read leaves the last good set in use, with the error beside
 //! it. Buffers that held a key have a fixed size, so no copy is left behind by growing, and are wiped.
 
+mod secret;
 #[cfg(test)]
 mod tests;
 mod watch;
@@ -20,6 +21,8 @@ use keys::{Kid, NoRandom, Psk};
 use ring::rand::{SecureRandom as _, SystemRandom};
 use zeroize::Zeroizing;
 
+pub(crate) use secret::read as read_secret;
+pub use secret::{BadSecretName, SecretError, SecretName};
 pub use watch::{Held, watch};
 
 /// The keys that are held, and what is odd about them.
@@ -42,6 +45,16 @@ pub enum PskWarning {
         path: PathBuf,
         /// Its mode's permission bits.
         mode: u32,
+    },
+    /// Two entries of a Secret hold one key.
+    #[error("entry {entry:?} of Secret {secret} holds the same key as a newer one (kid {kid})")]
+    TwiceIn {
+        /// The Secret.
+        secret: SecretName,
+        /// The older entry.
+        entry: String,
+        /// The key.
+        kid: Kid,
     },
     /// Two files hold one key.
     #[error("PSK file {} holds the same key as a newer one (kid {kid})", path.display())]
@@ -96,6 +109,27 @@ pub enum PskError {
         /// Why not.
         source: keys::PskError,
     },
+    /// A Secret gives no keys.
+    #[error("PSK Secret {secret} {why}")]
+    Secret {
+        /// Which.
+        secret: SecretName,
+        /// Why not.
+        why: SecretError,
+    },
+}
+
+impl PskError {
+    /// Whether it only says that the API server could not be asked.
+    pub fn is_outage(&self) -> bool {
+        matches!(
+            self,
+            Self::Secret {
+                why: SecretError::Away(_),
+                ..
+            }
+        )
+    }
 }
 
 /// The most bytes that a key's file may have.

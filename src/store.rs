@@ -188,6 +188,14 @@ pub enum StoreError {
         /// Whether it may go by itself.
         transient: bool,
     },
+    /// The API server of Kubernetes could not be asked, or is in no state to answer.
+    #[error("{doing}: {why}")]
+    KubeAway {
+        /// What was being done.
+        doing: &'static str,
+        /// The reason, the server's or the network's.
+        why: String,
+    },
     /// The node's subnet is another one now.
     #[error("node {node} has podCIDR {assigned} now, not {held}: its Node was made anew; the lease moves there")]
     Moved {
@@ -229,6 +237,7 @@ impl StoreError {
             | Self::ReadOnly { .. }
             | Self::Full { .. }
             | Self::Locked { .. }
+            | Self::KubeAway { .. }
             | Self::Io { .. } => true,
             Self::Etcd { transient, .. } | Self::Kube { transient, .. } => *transient,
             Self::Exhausted { .. }

@@ -28,6 +28,7 @@ fn network(text: &str) -> Network {
     let context = Context {
         file: "test",
         psk_file: None,
+        psk_secret: None,
     };
     NetConf::parse(&json, &context).expect("a configuration").network
 }
@@ -198,6 +199,7 @@ async fn three_nodes_race_for_two_subnets_and_the_third_is_told() {
     let context = Context {
         file: "test",
         psk_file: None,
+        psk_secret: None,
     };
     let network = NetConf::parse(json, &context).expect("a configuration").network;
     let mut racing = Vec::new();

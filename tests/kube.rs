@@ -8,8 +8,10 @@ mod kube {
     mod daemon;
     mod deploy;
     mod double;
+    pub(crate) mod events;
     mod faults;
     mod mesh;
+    mod secret;
     pub(crate) mod server;
 }
 
@@ -34,6 +36,7 @@ fn network(text: &str) -> Network {
     let context = Context {
         file: "test",
         psk_file: None,
+        psk_secret: None,
     };
     NetConf::parse(&json, &context).expect("a configuration").network
 }
@@ -623,10 +626,10 @@ async fn every_right_is_needed_and_no_other() {
             Duration::from_secs(2),
             Kube::open(server.access("rights.test", "rights-1")),
         );
-        let Ok(Ok(kube)) = opened.await else {
+        let Ok(Ok(opened)) = opened.await else {
             return Err("nodes list".into());
         };
-        let store = Store::Kube(kube);
+        let store = Store::Kube(opened.clone());
         let found = store.acquire(&name("rights-1"), &network(V4), &claim()).await;
         found.map_err(|error| error.to_string())?;
         sleep(Duration::from_secs(2)).await;
@@ -636,7 +639,8 @@ async fn every_right_is_needed_and_no_other() {
         let published = store.publish(&lease("rights-1", "10.10.1.0/24", 1)).await;
         published.map_err(|error| error.to_string())?;
         let released = store.release(&name("rights-1"), &subnets("10.10.1.0/24")).await;
-        released.map_err(|error| error.to_string())
+        released.map_err(|error| error.to_string())?;
+        kube::events::attempt(&server, &opened, "rights-1").await
     };
     attempt().await.expect("these rights are enough");
     for (resource, verb) in [
@@ -645,6 +649,8 @@ async fn every_right_is_needed_and_no_other() {
         ("nodes", "get"),
         ("nodes", "watch"),
         ("nodes/status", "patch"),
+        ("events", "create"),
+        ("events", "patch"),
     ] {
         server.allow(&without(resource, verb)).await;
         // The server learns of a rule from its own watch.

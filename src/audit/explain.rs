@@ -264,7 +264,11 @@ fn describe_policy(policy: &Policy) -> String {
         } else {
             format!(" spi {}", Spi(t.spi))
         };
-        format!(" tmpl src {} dst {} proto esp{spi} reqid {}", t.src, t.dst, t.reqid)
+        let level = if t.optional { " optional" } else { "" };
+        format!(
+            " tmpl src {} dst {} proto esp{spi} reqid {}{level}",
+            t.src, t.dst, t.reqid
+        )
     });
     format!("{action} priority {}{}", policy.priority, template.unwrap_or_default())
 }

@@ -8,7 +8,7 @@ use xfrm::{Action, Direction, Policy, PolicyId};
 
 use super::{Directory, explain};
 use crate::backend::ipsec::LINK;
-use crate::kernel::{Guard, Key, Object, Objects, Route};
+use crate::kernel::{Guard, Key, Object, Objects, Route, priority};
 
 /// Each way, one sentence with what else holds; in a fixed order.
 pub(super) fn ways(actual: &Objects, directory: &Directory) -> Vec<String> {
@@ -81,6 +81,12 @@ fn device(actual: &Objects, ways: &mut Vec<String>) {
 /// What one object opens by itself.
 fn open(key: &Key, object: &Object, directory: &Directory) -> Option<String> {
     match object {
+        Object::Policy(policy) if policy.template.is_some_and(|template| template.optional) => Some(format!(
+            "{key} takes packets with and without a tunnel, as AllowPlaintextPeers allows"
+        )),
+        Object::Policy(policy) if policy.priority == priority::PLAINTEXT => Some(format!(
+            "{key} lets packets pass in plaintext, as AllowPlaintextPeers allows"
+        )),
         Object::Policy(policy) => {
             let allows = policy.action == Action::Allow && policy.template.is_none();
             let stays = matches!(key, Key::Guard(Guard::Local, id) if stays_on_node(id, directory));

@@ -278,6 +278,7 @@ pub fn peer(facts: &PeerFacts) -> Objects {
                 dst: from.1,
                 spi: 0,
                 reqid,
+                optional: false,
             };
             policy(&mut objects, between(direction, subnet, any), priority::PEER, template);
         }
@@ -287,6 +288,7 @@ pub fn peer(facts: &PeerFacts) -> Objects {
                 dst: through.dst,
                 spi: through.spi,
                 reqid,
+                optional: false,
             };
             policy(&mut objects, data_policy(subnet), priority::PEER, template);
         }
@@ -303,6 +305,7 @@ pub fn peer(facts: &PeerFacts) -> Objects {
             dst: through.dst,
             spi: through.spi,
             reqid,
+            optional: false,
         };
         policy(
             &mut objects,
@@ -323,6 +326,40 @@ pub fn peer(facts: &PeerFacts) -> Objects {
         }
     }
     objects
+}
+
+/// Opens a peer's `subnets` in `objects`, which hold what ipsec has for it, to plaintext: where no policy sends its data into
+/// a tunnel yet, that goes as it is, and what comes from it may come without one.
+pub fn open_to_plaintext(objects: &mut Objects, subnets: &Subnets) {
+    for subnet in subnets.iter() {
+        let any = any(subnet);
+        let inwards = [Direction::In, Direction::Fwd].map(|direction| between(direction, subnet, any));
+        for id in inwards.into_iter().chain([data_policy(subnet)]) {
+            match objects.get_mut(&Key::Policy(id)) {
+                Some(Object::Policy(policy)) if id.direction != Direction::Out => {
+                    if let Some(template) = &mut policy.template {
+                        template.optional = true;
+                    }
+                }
+                Some(_) => {}
+                None => {
+                    let policy = Policy {
+                        id,
+                        priority: priority::PLAINTEXT,
+                        action: Action::Allow,
+                        template: None,
+                    };
+                    objects.insert(Key::Policy(id), Object::Policy(Box::new(policy)));
+                }
+            }
+        }
+    }
+}
+
+/// Whether what goes to a peer's `subnet` goes unencrypted by `objects`.
+pub fn sends_plaintext(objects: &Objects, subnet: IpNet) -> bool {
+    let policy = objects.get(&Key::Policy(data_policy(subnet)));
+    matches!(policy, Some(Object::Policy(policy)) if policy.action == Action::Allow && policy.template.is_none())
 }
 
 /// The id of the policy that carries data to a peer's subnet.

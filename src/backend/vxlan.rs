@@ -44,6 +44,20 @@ pub struct Settings {
     pub direct: bool,
 }
 
+impl Default for Settings {
+    /// flannel's.
+    fn default() -> Self {
+        Self {
+            vni: 1,
+            port: PORT,
+            outer_mtu: None,
+            gbp: false,
+            learning: false,
+            direct: false,
+        }
+    }
+}
+
 impl Settings {
     /// The largest inner packet, bytes. In a dual-stack mesh that is IPv6's: a pod has one MTU for both.
     pub fn mtu(&self, uplink: &Uplink, v6: bool) -> u32 {

@@ -74,15 +74,23 @@ fn check(arguments: &Arguments, environment: &Environment) -> Result<Shown, Fail
 
 /// The configuration: FILE, else the store's, else the file of `--net-config-path`, as for the daemon.
 fn net_conf(arguments: &Arguments, flags: &Flags) -> Result<NetConf, Failure> {
-    let psk_file = flags.psk_file.as_deref();
+    let (psk_file, psk_secret) = (flags.psk_file.as_deref(), flags.psk_secret.as_ref());
     if let (None, Ok(flags::Store::Dir(folder))) = (&arguments.file, flags.store()) {
         let stored = super::blocking(async { Store::open_dir(&folder).await?.config().await })?;
         if let Some(json) = stored.map_err(Failure::store)?.map(Zeroizing::new) {
             let file = folder.join("net-conf.json").display().to_string();
-            return NetConf::parse(&json, &Context { file: &file, psk_file }).map_err(Failure::config);
+            return NetConf::parse(
+                &json,
+                &Context {
+                    file: &file,
+                    psk_file,
+                    psk_secret,
+                },
+            )
+            .map_err(Failure::config);
         }
     }
-    NetConf::load(&flags.net_config_path, psk_file).map_err(Failure::config)
+    NetConf::load(&flags.net_config_path, psk_file, psk_secret).map_err(Failure::config)
 }
 
 /// The daemon's flags, as this command line and the environment give them.

@@ -13,10 +13,11 @@ use serde::de::MapAccess;
 use zeroize::Zeroizing;
 
 use super::conf_error::Rule;
-use super::json::{Members, Scalar, Show, nearest, parsed, shorten, value, whole};
+use super::json::{Members, Scalar, Show, boolean, nearest, parsed, shorten, value, whole};
 use super::plain;
 use crate::backend::Plain;
 use crate::backend::ipsec::{self, Soft};
+use crate::psk::SecretName;
 
 /// How the mesh's packets travel.
 #[derive(Clone, Debug)]
@@ -175,6 +176,8 @@ pub struct Tuning {
     pub psk_grace: Duration,
     /// The largest inner packet in bytes, where it is not to be computed: 576 to 65535, from 1280 on with IPv6.
     pub mtu: Option<u16>,
+    /// Whether peers of backend vxlan are served in plaintext.
+    pub plaintext: bool,
 }
 
 impl Default for Tuning {
@@ -189,6 +192,7 @@ impl Default for Tuning {
             rekey: ipsec::MOST,
             psk_grace: PSK_GRACE,
             mtu: None,
+            plaintext: false,
         }
     }
 }
@@ -213,6 +217,8 @@ const LONGEST_GRACE: Duration = Duration::from_secs(7 * 24 * 3600);
 pub enum PskSource {
     /// A file, or a folder of files.
     File(PathBuf),
+    /// A Secret of Kubernetes, through the API.
+    Secret(SecretName),
     /// net-conf.json itself.
     Inline(Arc<keys::Psk>),
 }
@@ -264,6 +270,7 @@ pub(super) struct Raw {
     rekey_bytes: Option<u64>,
     psk_grace: Option<Duration>,
     mtu: Option<u16>,
+    plaintext: Option<bool>,
     plain: plain::Raw,
     pub(super) warnings: Vec<String>,
 }
@@ -280,6 +287,7 @@ const IPSEC_KEYS: &[&str] = &[
     "RekeyBytes",
     "PSKGrace",
     "MTU",
+    "AllowPlaintextPeers",
 ];
 
 impl Members for Raw {
@@ -310,6 +318,7 @@ impl Members for Raw {
             "RekeyBytes" => self.rekey_bytes = value(key, Show::Value, map, |v| within(&v, BYTES))?,
             "PSKGrace" => self.psk_grace = value(key, Show::Value, map, psk_grace)?,
             "MTU" => self.mtu = whole(key, u16::MAX.into(), map)?.and_then(|v| u16::try_from(v).ok()),
+            "AllowPlaintextPeers" => self.plaintext = boolean(key, map)?,
             // The type was read before, by TypeOf.
             _ => drop(map.next_value::<serde::de::IgnoredAny>()?),
         }
@@ -325,6 +334,8 @@ impl Members for Raw {
 pub(super) struct Around<'a> {
     /// `--psk-file`.
     pub(super) psk_file: Option<&'a Path>,
+    /// `--psk-secret`.
+    pub(super) psk_secret: Option<&'a SecretName>,
     /// The Network as text, which a PSK is bound to.
     pub(super) network: &'a str,
     /// Whether the mesh carries IPv6.
@@ -370,11 +381,25 @@ impl Raw {
             },
             psk_grace: self.psk_grace.unwrap_or(usual.psk_grace),
             mtu,
+            plaintext: self.plaintext.unwrap_or(false),
         };
+        if tuning.plaintext {
+            self.warnings.push(
+                "Backend.AllowPlaintextPeers: peers of backend vxlan are served unencrypted; take it out when none is left"
+                    .into(),
+            );
+        }
         Ok((Backend::Ipsec(Ipsec { psk, tuning }), self.warnings))
     }
 
     fn source(&mut self, around: &Around<'_>) -> Result<PskSource, Rule> {
+        if let Some(secret) = around.psk_secret {
+            if self.has_psk() {
+                self.warnings
+                    .push("--psk-secret counts: the Backend's own PSK is not used".into());
+            }
+            return Ok(PskSource::Secret(secret.clone()));
+        }
         match (around.psk_file, self.psk_file.take(), self.psk.take()) {
             (None, None, None) => Err(Rule::NoPsk),
             (None, Some(_), Some(_)) => Err(Rule::TwoPsks),

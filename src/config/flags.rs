@@ -14,6 +14,7 @@ use zeroize::Zeroizing;
 
 use super::go_style::{Source, UsageError, parse};
 use crate::lease::{Addresses, Network, NodeName};
+use crate::psk::SecretName;
 use crate::store::etcd::{Access, Lifetime, TTL};
 use crate::store::kube;
 use crate::uplink::{Choice, Iface};
@@ -36,6 +37,9 @@ pub struct Flags {
     /// The pre-shared key: a file, or a folder of them such as a mounted Secret.
     #[arg(long, value_name = "PATH")]
     pub psk_file: Option<PathBuf>,
+    /// The pre-shared keys: a Secret of Kubernetes, watched through the API.
+    #[arg(long, value_name = "NAMESPACE/NAME", value_parser = secret_name)]
+    pub psk_secret: Option<SecretName>,
     /// Where the control socket and the pid file are.
     #[arg(long, value_name = "DIR", default_value = "/run/ringmail")]
     pub run_dir: PathBuf,
@@ -211,6 +215,7 @@ impl Flags {
         let wanted = parse(arguments.into_iter().collect(), environment)?;
         if let Wanted::Run(flags) = &wanted {
             flags.store()?;
+            flags.secret()?;
         }
         Ok(wanted)
     }
@@ -231,8 +236,28 @@ impl Flags {
         }
     }
 
-    /// The Kubernetes cluster of the flags.
+    /// The Secret with the PSKs, and the cluster that it is in, where one is asked for.
+    ///
+    /// # Errors
+    /// [`UsageError::Store`]; never for flags that [`Flags::from_args`] gave.
+    pub fn secret(&self) -> Result<Option<(kube::Access, SecretName)>, UsageError> {
+        let Some(secret) = &self.psk_secret else {
+            return Ok(None);
+        };
+        if self.psk_file.is_some() {
+            let why = "--psk-file and --psk-secret name two places of the PSK: leave one of them out";
+            return Err(UsageError::Store(why.into()));
+        }
+        Ok(Some((self.cluster()?, secret.clone())))
+    }
+
+    /// The store of the Kubernetes cluster of the flags.
     fn kube(&self) -> Result<Store, UsageError> {
+        self.cluster().map(Store::Kube)
+    }
+
+    /// The Kubernetes cluster of the flags.
+    fn cluster(&self) -> Result<kube::Access, UsageError> {
         let prefix = &self.kube_annotation_prefix;
         let keys = kube::Keys::of(prefix)
             .map_err(|why| UsageError::Store(format!("--kube-annotation-prefix is {prefix:?}: {why}")))?;
@@ -243,12 +268,12 @@ impl Flags {
             },
             None => kube::Own::Named(self.node_name.clone()),
         };
-        Ok(Store::Kube(kube::Access {
+        Ok(kube::Access {
             kubeconfig: self.kubeconfig_file.clone(),
             url: self.kube_api_url.clone(),
             keys,
             own,
-        }))
+        })
     }
 
     /// The etcd cluster of the flags.
@@ -295,6 +320,8 @@ impl Flags {
     pub fn warnings(&self) -> Vec<String> {
         let kube = "concerns --kube-subnet-mgr alone";
         let other = !self.kube_subnet_mgr;
+        let nowhere = other && self.psk_secret.is_none();
+        let asked = "concerns --kube-subnet-mgr and --psk-secret alone";
         let klog = "has no effect: -v sets how much is logged";
         let all = [
             (
@@ -302,8 +329,8 @@ impl Flags {
                 self.subnet_lease_renew_margin != 60 && (self.lease_dir.is_some() || self.kube_subnet_mgr),
                 "concerns the etcd store alone",
             ),
-            ("kube-api-url", other && self.kube_api_url.is_some(), kube),
-            ("kubeconfig-file", other && self.kubeconfig_file.is_some(), kube),
+            ("kube-api-url", nowhere && self.kube_api_url.is_some(), asked),
+            ("kubeconfig-file", nowhere && self.kubeconfig_file.is_some(), asked),
             (
                 "kube-annotation-prefix",
                 other && self.kube_annotation_prefix != ANNOTATION_PREFIX,
@@ -359,6 +386,10 @@ fn node_name(text: &str) -> Result<NodeName, &'static str> {
 fn socket(text: &str) -> Result<SocketAddr, &'static str> {
     text.parse()
         .map_err(|_| "an address and a port such as 127.0.0.1:9600 are needed")
+}
+
+fn secret_name(text: &str) -> Result<SecretName, crate::psk::BadSecretName> {
+    text.parse()
 }
 
 fn hidden(text: &str) -> Result<Hidden, std::convert::Infallible> {
@@ -427,7 +458,7 @@ pub(super) fn variable(flag: &str) -> Option<String> {
     match flag {
         "node-name" => Some("NODE_NAME".into()),
         // Images carry FLANNELD_VERSION for other ends.
-        "lease-dir" | "psk-file" | "run-dir" | "metrics" | "version" | "help" => None,
+        "lease-dir" | "psk-file" | "psk-secret" | "run-dir" | "metrics" | "version" | "help" => None,
         _ => Some(format!("FLANNELD_{}", flag.to_ascii_uppercase().replace('-', "_"))),
     }
 }

@@ -17,6 +17,7 @@ use super::backend::{Around, Backend, Kind, Raw as RawBackend, TypeOf};
 use super::conf_error::{ConfError, Rule};
 use super::json::{Members, Object, boolean, parsed, read, whole};
 use crate::lease::{Network, Range};
+use crate::psk::SecretName;
 
 /// net-conf.json, understood.
 #[derive(Clone, Debug)]
@@ -38,6 +39,8 @@ pub struct Context<'a> {
     pub file: &'a str,
     /// `--psk-file`, where it is given: it makes `ipsec` the default backend and goes before the Backend's own PSK.
     pub psk_file: Option<&'a Path>,
+    /// `--psk-secret`, where it is given: the same for a Secret.
+    pub psk_secret: Option<&'a SecretName>,
 }
 
 /// The Network holds an address of the uplink, so packets to it would be caught by the mesh.
@@ -95,7 +98,7 @@ impl NetConf {
     ///
     /// # Errors
     /// [`ConfError`].
-    pub fn load(path: &Path, psk_file: Option<&Path>) -> Result<Self, ConfError> {
+    pub fn load(path: &Path, psk_file: Option<&Path>, psk_secret: Option<&SecretName>) -> Result<Self, ConfError> {
         let file = path.display().to_string();
         let unread = |source| ConfError::Read {
             file: file.clone(),
@@ -103,7 +106,14 @@ impl NetConf {
         };
         // It may hold a PSK, so the text is wiped.
         let json = std::fs::read_to_string(path).map(Zeroizing::new).map_err(unread)?;
-        Self::parse(&json, &Context { file: &file, psk_file })
+        Self::parse(
+            &json,
+            &Context {
+                file: &file,
+                psk_file,
+                psk_secret,
+            },
+        )
     }
 }
 
@@ -184,12 +194,16 @@ impl Members for Raw {
 impl Raw {
     fn finish(mut self, context: &Context<'_>) -> Result<NetConf, Rule> {
         let network = self.network()?;
-        if self.backend.as_ref().is_none_or(|b| b.kind.is_none() && !b.has_psk()) && context.psk_file.is_none() {
+        if self.backend.as_ref().is_none_or(|b| b.kind.is_none() && !b.has_psk())
+            && context.psk_file.is_none()
+            && context.psk_secret.is_none()
+        {
             return Err(Rule::NoBackend);
         }
         let text = network.to_string();
         let around = Around {
             psk_file: context.psk_file,
+            psk_secret: context.psk_secret,
             network: &text,
             v6: network.v6.is_some(),
         };

@@ -58,6 +58,7 @@ fn backend(backend: &Backend) -> Value {
     let tuning = &ipsec.tuning;
     let psk = match &ipsec.psk {
         PskSource::File(path) => json!({ "file": path.display().to_string() }),
+        PskSource::Secret(secret) => json!({ "secret": secret.to_string() }),
         PskSource::Inline(psk) => json!({ "kid": psk.kid().to_string() }),
     };
     let encap = match tuning.encap.mode {
@@ -75,6 +76,7 @@ fn backend(backend: &Backend) -> Value {
         "RekeyPackets": tuning.rekey.packets,
         "RekeyBytes": tuning.rekey.bytes,
         "PSKGrace": format!("{}s", tuning.psk_grace.as_secs()),
+        "AllowPlaintextPeers": tuning.plaintext,
         "MTU": tuning.mtu.map_or_else(|| json!("computed"), |mtu| json!(mtu)),
     })
 }

@@ -21,6 +21,7 @@ fn parse(json: &str) -> Result<NetConf, ConfError> {
         &Context {
             file: "net-conf.json",
             psk_file: None,
+            psk_secret: None,
         },
     )
 }
@@ -31,6 +32,7 @@ fn with_file(json: &str) -> Result<NetConf, ConfError> {
         &Context {
             file: "net-conf.json",
             psk_file: Some(Path::new("/etc/ringmail/psk")),
+            psk_secret: None,
         },
     )
 }
@@ -512,6 +514,50 @@ const GOLDEN: &[(&str, &str)] = &[
 ];
 
 #[test]
+fn plaintext_peers_are_allowed_by_word_alone_and_warned_of() {
+    let read = |more: &str| {
+        let conf = parse(&format!(
+            r#"{{"Network": "10.244.0.0/16", "Backend": {{"Type": "ipsec", "PSKFile": "/run/psk"{more}}}}}"#
+        ));
+        let conf = conf.unwrap();
+        (conf.backend.ipsec().expect("ipsec").tuning.plaintext, conf.warnings)
+    };
+    assert_eq!(read(""), (false, vec![]));
+    assert_eq!(read(r#", "AllowPlaintextPeers": false"#), (false, vec![]));
+    let warning =
+        "Backend.AllowPlaintextPeers: peers of backend vxlan are served unencrypted; take it out when none is left";
+    assert_eq!(
+        read(r#", "AllowPlaintextPeers": true"#),
+        (true, vec![warning.to_owned()])
+    );
+    let wrong =
+        r#"{"Network": "10.244.0.0/16", "Backend": {"Type": "ipsec", "PSKFile": "/p", "AllowPlaintextPeers": "yes"}}"#;
+    assert!(parse(wrong).is_err());
+}
+
+#[test]
+fn a_secret_makes_ipsec_the_default_and_goes_before_the_backends_own_psk() {
+    let secret = "kube-system/psk".parse().unwrap();
+    let read = |backend: &str| {
+        let context = Context {
+            file: "net-conf.json",
+            psk_file: None,
+            psk_secret: Some(&secret),
+        };
+        let conf = NetConf::parse(&format!(r#"{{"Network": "10.244.0.0/16"{backend}}}"#), &context).unwrap();
+        let ipsec = conf.backend.ipsec().expect("ipsec").clone();
+        assert!(matches!(&ipsec.psk, PskSource::Secret(of) if *of == secret));
+        conf.warnings
+    };
+    assert!(read("").is_empty());
+    assert!(read(r#", "Backend": {"Type": "ipsec"}"#).is_empty());
+    for own in [r#""PSKFile": "/run/psk""#.to_owned(), format!(r#""PSK": "{PSK}""#)] {
+        let warnings = read(&format!(r#", "Backend": {{{own}}}"#));
+        assert_eq!(warnings, ["--psk-secret counts: the Backend's own PSK is not used"]);
+    }
+}
+
+#[test]
 fn a_psk_that_is_short_doubled_or_missing_is_refused() {
     let text = |backend: &str| {
         parse(&format!(r#"{{"Network": "10.244.0.0/16", "Backend": {backend}}}"#))
@@ -568,7 +614,7 @@ fn an_uplink_address_inside_the_network_is_an_overlap() {
 
 #[test]
 fn a_missing_file_is_named_with_its_cause() {
-    let error = NetConf::load(Path::new("/nonexistent/net-conf.json"), None).unwrap_err();
+    let error = NetConf::load(Path::new("/nonexistent/net-conf.json"), None, None).unwrap_err();
     assert_eq!(
         error.to_string(),
         "/nonexistent/net-conf.json: the network configuration can't be read"

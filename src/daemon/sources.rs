@@ -22,7 +22,7 @@ use crate::lease::{Lease, Network, NodeName, Subnets};
 use crate::node::Settings;
 use crate::psk;
 use crate::reconcile::chain;
-use crate::store::kube::Wishes;
+use crate::store::kube::{Kube, Secrets, Troubles, Wishes};
 use crate::store::{Claim, Health, Held, Store, StoreError};
 use crate::uplink::{Uplink, UplinkError};
 use crate::watched::{self, Watched};
@@ -40,7 +40,7 @@ const PULSE: Duration = Duration::from_secs(1);
 
 /// The configuration: what is `stored`, else the file of `--net-config-path`.
 pub(super) fn net_conf(flags: &Flags, stored: Option<String>) -> Result<NetConf> {
-    let psk_file = flags.psk_file.as_deref();
+    let (psk_file, psk_secret) = (flags.psk_file.as_deref(), flags.psk_secret.as_ref());
     match stored {
         Some(json) => {
             let json = Zeroizing::new(json);
@@ -49,16 +49,19 @@ pub(super) fn net_conf(flags: &Flags, stored: Option<String>) -> Result<NetConf>
                 &Context {
                     file: "the store's net-conf.json",
                     psk_file,
+                    psk_secret,
                 },
             )?)
         }
-        None => Ok(NetConf::load(&flags.net_config_path, psk_file).with_context(|| {
-            let file = flags.lease_dir.as_ref().map(|dir| dir.join("net-conf.json"));
-            match file {
-                Some(file) => format!("neither {} nor --net-config-path gives a configuration", file.display()),
-                None => "--net-config-path gives no configuration".into(),
-            }
-        })?),
+        None => Ok(
+            NetConf::load(&flags.net_config_path, psk_file, psk_secret).with_context(|| {
+                let file = flags.lease_dir.as_ref().map(|dir| dir.join("net-conf.json"));
+                match file {
+                    Some(file) => format!("neither {} nor --net-config-path gives a configuration", file.display()),
+                    None => "--net-config-path gives no configuration".into(),
+                }
+            })?,
+        ),
     }
 }
 
@@ -80,19 +83,54 @@ pub(super) async fn stored_conf(flags: &Flags, store: &Store) -> Result<Option<S
     Ok(stored.clone())
 }
 
-/// The keys of the start: there must be some. What follows goes into the sender.
-pub(super) fn first_keys(
+/// Where keys come from, and which are held.
+pub(super) struct Keys {
+    /// As their source has them.
+    pub(super) source: watch::Receiver<psk::Held>,
+    /// What the loop uses.
+    pub(super) sender: watch::Sender<psk::Held>,
+    /// The same.
+    pub(super) held: watch::Receiver<psk::Held>,
+}
+
+/// The keys of the start: there must be some. A Secret's are waited for, and why is told on the Node of `kube`.
+pub(super) async fn first_keys(
     backend: &Backend,
     network: &Network,
-) -> Result<(watch::Sender<psk::Held>, watch::Receiver<psk::Held>)> {
-    let held = keys_of(backend, network).borrow().clone();
+    secrets: Option<&Secrets>,
+    kube: Option<&Kube>,
+) -> Result<Keys> {
+    let mut source = keys_of(backend, network, secrets);
+    let (told, news) = watch::channel(Troubles::new());
+    let mut telling = None;
+    if matches!(backend.ipsec().map(|ipsec| &ipsec.psk), Some(PskSource::Secret(_))) {
+        loop {
+            let held = source.borrow_and_update().clone();
+            if held.set.is_some() {
+                break;
+            }
+            if let Some(error) = &held.error {
+                let text = chain(error);
+                error!(error = text, "there is no PSK yet: waiting for it");
+                told.send_replace(super::troubles::of_keys(error).into_iter().collect());
+                if let Some(kube) = kube.cloned().filter(|_| telling.is_none()) {
+                    let news = news.clone();
+                    telling = Some(tokio::spawn(async move { kube.tell(news).await }));
+                }
+            }
+            source.changed().await.context("the runtime ends")?;
+        }
+        told.send_replace(Troubles::new());
+    }
+    let held = source.borrow().clone();
     if let (None, Some(error)) = (&held.set, &held.error) {
         return Err(anyhow::Error::new(error.clone()).context("read the PSK"));
     }
     for warning in held.set.iter().flat_map(|set| &set.warnings) {
         warn!("{warning}");
     }
-    Ok(watch::channel(held))
+    let (sender, held) = watch::channel(held);
+    Ok(Keys { source, sender, held })
 }
 
 /// Whether `link` takes router advertisements now: when IPv6 forwarding goes on, the kernel stops taking them unless
@@ -139,12 +177,11 @@ pub(super) async fn follow_conf(
     store: Store,
     mut backend: Backend,
     current: watch::Sender<Settings>,
-    keys: watch::Sender<psk::Held>,
+    (mut source, keys, secrets): (watch::Receiver<psk::Held>, watch::Sender<psk::Held>, Option<Secrets>),
     misconfigured: watch::Sender<Option<String>>,
 ) {
     let mut changes = store.config_changes();
     let network = current.borrow().network;
-    let mut source = keys_of(&backend, &network);
     let mut file = Watched::new(&flags.net_config_path);
     loop {
         tokio::select! {
@@ -174,7 +211,7 @@ pub(super) async fn follow_conf(
         let error = match read {
             Ok((wanted, newer)) => {
                 if !same_source(&newer, &backend) {
-                    source = keys_of(&newer, &network);
+                    source = keys_of(&newer, &network, secrets.as_ref());
                     keys.send_replace(source.borrow_and_update().clone());
                 }
                 backend = newer;
@@ -223,8 +260,9 @@ fn same_source(a: &Backend, b: &Backend) -> bool {
     };
     match (&a.psk, &b.psk) {
         (PskSource::File(a), PskSource::File(b)) => a == b,
+        (PskSource::Secret(a), PskSource::Secret(b)) => a == b,
         (PskSource::Inline(a), PskSource::Inline(b)) => a.kid() == b.kid(),
-        (PskSource::File(_), PskSource::Inline(_)) | (PskSource::Inline(_), PskSource::File(_)) => false,
+        (PskSource::File(_) | PskSource::Secret(_) | PskSource::Inline(_), _) => false,
     }
 }
 
@@ -236,6 +274,17 @@ pub(super) struct Keeper {
     pub(super) psks: watch::Receiver<psk::Held>,
     pub(super) uplink: watch::Receiver<Result<Uplink, UplinkError>>,
     pub(super) subnet_file: PathBuf,
+    /// What is wrong with the lease.
+    pub(super) trouble: watch::Sender<LeaseTrouble>,
+}
+
+/// What is wrong with the own lease.
+#[derive(Clone, Debug, Default, PartialEq)]
+pub(super) struct LeaseTrouble {
+    /// The subnet is another by now, and the lease does not say so yet.
+    pub(super) moved: Option<String>,
+    /// It can't be taken or published; not where the store is away.
+    pub(super) refused: Option<String>,
 }
 
 impl Keeper {
@@ -269,11 +318,18 @@ impl Keeper {
             let again = match outcome {
                 Ok(()) => {
                     (wait, failing) = (FIRST, None);
+                    if wanted.is_some() {
+                        let right = LeaseTrouble::default();
+                        let replaced = |before: &mut LeaseTrouble| std::mem::replace(before, right.clone()) != right;
+                        self.trouble.send_if_modified(replaced);
+                    }
                     None
                 }
                 // The loop then says another lease.
                 Err(moved @ StoreError::Moved { .. }) => {
                     warn!("{moved}");
+                    self.trouble
+                        .send_modify(|trouble| trouble.moved = Some(moved.to_string()));
                     held = self.hold(&holding, &health, &mut note, &run_dir).await?;
                     (wait, failing) = (FIRST, None);
                     None
@@ -283,6 +339,7 @@ impl Keeper {
                     if failing.as_ref() != Some(&text) {
                         error!(error = text, "the lease can't be published; trying again");
                     }
+                    self.failed(&error, &text);
                     failing = Some(text);
                     let now = wait;
                     wait = (wait * 2).min(SLOWEST);
@@ -343,6 +400,14 @@ impl Keeper {
         }
     }
 
+    /// A call of the store failed; that it is away is told by its health.
+    fn failed(&self, error: &StoreError, text: &str) {
+        if !matches!(error, StoreError::KubeAway { .. }) {
+            self.trouble
+                .send_modify(|trouble| trouble.refused = Some(text.to_owned()));
+        }
+    }
+
     fn pulse(&self, health: &watch::Sender<Health>) {
         let now = self.store.health();
         health.send_if_modified(|before| {
@@ -382,6 +447,7 @@ impl Keeper {
                     if failing.as_ref() != Some(&text) {
                         error!(error = text, "no subnet can be taken; trying again");
                     }
+                    self.failed(&error, &text);
                     failing = Some(text);
                 }
             }

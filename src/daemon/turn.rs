@@ -23,6 +23,7 @@ use crate::config::subnet_env::Written;
 use crate::kernel::netlink::{Events, Netlink};
 use crate::kernel::{Key, Look, Object, Scope};
 use crate::lease::{Lease, Revision, Roster, Subnets};
+use crate::node::report::Doubts;
 use crate::node::{Cause, Datagram, Settings};
 use crate::psk;
 use crate::reconcile::{Reconciler, chain};
@@ -79,6 +80,17 @@ pub struct Outputs {
     pub ready: watch::Sender<bool>,
     /// Whether pods have a network.
     pub datapath: watch::Sender<Datapath>,
+    /// What is doubtful, for those who are told of it.
+    pub doubts: watch::Sender<Seen>,
+}
+
+/// What the loop has seen that a person should look at.
+#[derive(Clone, Debug, Default, Eq, PartialEq)]
+pub struct Seen {
+    /// Why the newest configuration is not in force although it was accepted.
+    pub unfit: Option<String>,
+    /// In the keys and the roster.
+    pub doubts: Doubts,
 }
 
 /// A full look at the kernel, whatever the notifications said.
@@ -87,6 +99,8 @@ const RESYNC: Duration = Duration::from_secs(300);
 const GLANCE: Duration = Duration::from_millis(200);
 /// How often subnet.env is looked at: another hand may have changed it.
 const LOOK: Duration = Duration::from_secs(5);
+/// How often all peers are gone through for what is doubtful.
+const DOUBT: Duration = Duration::from_secs(10);
 
 /// The loop's own state.
 pub(super) struct Turn {
@@ -112,6 +126,8 @@ pub(super) struct Turn {
     filter: Duration,
     /// When its size is looked at next; `None` where it tells of changes.
     glance: Option<Duration>,
+    /// When doubts are looked for next.
+    doubt: Duration,
     answers: Vec<Datagram>,
     pub(super) subnet_env_error: Option<String>,
     /// What was last seen in subnet.env, and when.
@@ -145,6 +161,7 @@ impl Turn {
             filter_every,
             filter: filter_every,
             glance,
+            doubt: Duration::ZERO,
             inputs,
             outputs,
             random: SystemRandom::new(),
@@ -203,6 +220,7 @@ impl Turn {
             Some(self.resync),
             Some(self.filter),
             self.glance,
+            (!self.outputs.doubts.is_closed()).then_some(self.doubt),
         ];
         let due = due.into_iter().flatten().min().unwrap_or(self.resync);
         let sleep = tokio::time::sleep(due.saturating_sub(now).max(Duration::from_millis(1)));
@@ -306,8 +324,12 @@ impl Turn {
         self.unfit = None;
         let directed = self.directed;
         let backend = settings.plain.as_ref().map_or("ipsec", |plain| plain.name());
+        let plaintext = settings.plaintext.is_some();
         if reconciler.node.configure(Settings { directed, ..settings }) {
-            info!(backend, "encryption begins or ends with the new configuration");
+            info!(
+                backend,
+                plaintext, "what may go unencrypted has changed with the new configuration"
+            );
             self.seen = Revision::default();
             self.published = None;
         }
@@ -380,6 +402,7 @@ impl Turn {
             }
         }
         self.tell_datapath();
+        self.tell_doubts();
     }
 
     fn read_probes(&mut self) {
@@ -424,6 +447,24 @@ impl Turn {
         self.outputs.datapath.send_if_modified(|before| {
             let differs = *before != datapath;
             *before = datapath;
+            differs
+        });
+    }
+
+    /// Says what is doubtful, where anyone listens.
+    fn tell_doubts(&mut self) {
+        let now = self.now();
+        if now < self.doubt || self.outputs.doubts.is_closed() {
+            return;
+        }
+        self.doubt = now + DOUBT;
+        let seen = Seen {
+            unfit: self.unfit.clone(),
+            doubts: self.reconciler.node.doubts(),
+        };
+        self.outputs.doubts.send_if_modified(|before| {
+            let differs = *before != seen;
+            *before = seen;
             differs
         });
     }

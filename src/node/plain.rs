@@ -5,10 +5,11 @@ use std::net::{IpAddr, SocketAddr};
 use std::sync::Arc;
 
 use ipnet::IpNet;
+use serde_json::{Map, Value};
 
 use super::report::{PeerReport, State};
 use super::{Known, Node};
-use crate::backend::{self, Macs, Plain, Rules, Served, Site, Unserved, udp};
+use crate::backend::{self, Macs, Plain, Rules, Served, Site, Unserved, ipsec, udp};
 use crate::kernel::device::{DeviceKind, Mac};
 use crate::kernel::{Key, Object, Objects, Scope};
 use crate::lease::{Addresses, BackendData, Lease, NodeName, Subnets};
@@ -91,7 +92,7 @@ impl Node {
 
     /// What an earlier process published of this node: its VXLAN devices' addresses stay as the peers know them.
     pub fn remembers(&mut self, lease: &Lease) {
-        let Some(Plain::Vxlan(settings)) = &self.settings.plain else {
+        let Some(Plain::Vxlan(settings)) = self.settings.plain.as_ref().or(self.settings.plaintext.as_ref()) else {
             return;
         };
         for (net, data) in [
@@ -108,7 +109,7 @@ impl Node {
 
     pub(super) fn site(&self) -> Option<Site<'_>> {
         let mac = |name: String| self.open.macs.get(&name).copied();
-        let macs = match &self.settings.plain {
+        let macs = match self.settings.plain.as_ref().or(self.settings.plaintext.as_ref()) {
             Some(Plain::Vxlan(settings)) => Macs {
                 v4: mac(settings.link(std::net::Ipv4Addr::UNSPECIFIED.into())),
                 v6: mac(settings.link(std::net::Ipv6Addr::UNSPECIFIED.into())),
@@ -126,7 +127,8 @@ impl Node {
 
     /// The lease of `name` is this now, under an unencrypted backend.
     pub(super) fn leased_plain(&mut self, name: &NodeName, lease: Option<&Arc<Lease>>) {
-        let before = match lease {
+        self.claim(name, lease);
+        match lease {
             Some(lease) => {
                 let known = Known {
                     lease: lease.clone(),
@@ -136,11 +138,17 @@ impl Node {
                     stored: true,
                     vanished: None,
                 };
-                self.known.insert(name.clone(), known)
+                self.known.insert(name.clone(), known);
             }
-            None => self.known.remove(name),
-        };
-        for claim in before.iter().flat_map(|known| claims(&known.lease)) {
+            None => drop(self.known.remove(name)),
+        }
+        self.dirty.insert(Scope::Peer(name.clone()));
+    }
+
+    /// Notes what the lease of `name` claims in the place of the one that is known.
+    pub(super) fn claim(&mut self, name: &NodeName, lease: Option<&Arc<Lease>>) {
+        let before = self.known.get(name).map(|known| known.lease.clone());
+        for claim in before.iter().flat_map(|lease| claims(lease)) {
             if let Some(names) = self.open.claims.get_mut(&claim) {
                 names.remove(name);
                 self.dirty.extend(names.iter().cloned().map(Scope::Peer));
@@ -154,7 +162,6 @@ impl Node {
             self.dirty.extend(names.iter().cloned().map(Scope::Peer));
             names.insert(name.clone());
         }
-        self.dirty.insert(Scope::Peer(name.clone()));
     }
 
     pub(super) fn plain_node(&self, plain: &Plain) -> Objects {
@@ -230,6 +237,70 @@ impl Node {
                 BackendData::NULL
             },
         })
+    }
+
+    /// Has those looked at whose leases of the type that is allowed in plaintext claim one of `subnets`: what a peer has
+    /// proved goes before what a lease only says.
+    pub(super) fn contend(&mut self, subnets: &Subnets) {
+        for subnet in subnets.iter() {
+            let names = self.open.claims.get(&Claim::Subnet(subnet)).into_iter().flatten();
+            self.dirty.extend(names.cloned().map(Scope::Peer));
+        }
+    }
+
+    /// The lease that shows this node to peers that know nothing of ipsec, where they are served: of their type, with its
+    /// `statement` beside what they look for.
+    pub(super) fn shown_to_plaintext(&self, statement: &BackendData) -> Option<Lease> {
+        let mut lease = self.plain_lease(self.settings.plaintext.as_ref()?)?;
+        let mut data = match lease.data.value() {
+            Value::Object(data) => data,
+            _ => Map::new(),
+        };
+        if let Value::Object(statement) = statement.value() {
+            data.extend(statement);
+        }
+        lease.data = Value::Object(data).into();
+        Some(lease)
+    }
+
+    /// Opens what ipsec has for a peer to plaintext, where it is served so: its lease is of the type that is allowed, and
+    /// says nothing that is refused.
+    pub(super) fn add_plaintext(&self, name: &NodeName, objects: &mut Objects) {
+        let (Some(plain), Some(known)) = (&self.settings.plaintext, self.known.get(name)) else {
+            return;
+        };
+        let lease = &known.lease;
+        let fits = known.stored && known.refusal.is_none() && lease.backend == plain.lease_type();
+        // Subnets as the Network has them are the same or apart.
+        let proved = |base| self.bases.get(&base).is_some_and(|holder| holder != name);
+        let anothers = lease.subnets.bases().iter().any(proved);
+        if !fits || anothers || self.settings.network.slot(&lease.subnets).is_err() {
+            return;
+        }
+        let Served { objects: ways, .. } = self.plain_peer(plain, name);
+        let served: Subnets = lease
+            .subnets
+            .iter()
+            .filter(|subnet| ways.contains_key(&Key::Route(*subnet)))
+            .collect();
+        ipsec::open_to_plaintext(objects, &served);
+        // Where all goes into tunnels, the peer may not know yet, and still send as before.
+        if served.iter().any(|subnet| ipsec::sends_plaintext(objects, subnet)) {
+            objects.extend(ways);
+        }
+    }
+
+    /// Whether anything that goes to `name` goes in plaintext under ipsec.
+    pub(super) fn in_plaintext(&self, name: &NodeName) -> bool {
+        let Some(known) = self.known.get(name).filter(|_| self.settings.plaintext.is_some()) else {
+            return false;
+        };
+        let objects = self.desired(&Scope::Peer(name.clone()));
+        known
+            .lease
+            .subnets
+            .iter()
+            .any(|subnet| ipsec::sends_plaintext(&objects, subnet))
     }
 
     /// What the tunnel of the udp backend is to do; `None` under another.

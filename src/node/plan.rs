@@ -27,7 +27,10 @@ impl Node {
             uplink.public.v4.is_none(),
             self.settings.encap.mode != EncapMode::Esp,
         );
-        self.settings.mtu.or(computed)
+        let encrypted = self.settings.mtu.or(computed);
+        let plaintext = self.settings.plaintext.as_ref();
+        let plaintext = plaintext.map(|plain| plain.mtu(&self.settings.network, uplink));
+        encrypted.map(|mtu| plaintext.map_or(mtu, |plaintext| plaintext.min(mtu)))
     }
 
     /// The carriers that are open to a sending generation and its reverse; none where a statement is gone.
@@ -78,21 +81,31 @@ impl Node {
             };
         }
         match scope {
-            Scope::Node => ipsec::node(&NodeFacts {
-                network: self.settings.network,
-                own: self.held.map(|(subnets, _)| subnets),
-                uplink: self.uplink.as_ref().map(|uplink| (uplink.name.clone(), uplink.index)),
-                mtu: self.mtu().unwrap_or(1280),
-                masquerade: self.settings.masquerade,
-                random_fully: self.settings.random_fully,
-                advertisements: self.settings.advertisements,
-            }),
-            Scope::Peer(name) => self
-                .peer_facts(name)
-                .map(|facts| ipsec::peer(&facts))
-                .unwrap_or_default(),
+            Scope::Node => self.sealed_node(),
+            Scope::Peer(name) => {
+                let facts = self.peer_facts(name);
+                let mut objects = facts.map(|facts| ipsec::peer(&facts)).unwrap_or_default();
+                self.add_plaintext(name, &mut objects);
+                objects
+            }
             Scope::Orphans => Objects::new(),
         }
+    }
+
+    fn sealed_node(&self) -> Objects {
+        let mut objects = ipsec::node(&NodeFacts {
+            network: self.settings.network,
+            own: self.held.map(|(subnets, _)| subnets),
+            uplink: self.uplink.as_ref().map(|uplink| (uplink.name.clone(), uplink.index)),
+            mtu: self.mtu().unwrap_or(1280),
+            masquerade: self.settings.masquerade,
+            random_fully: self.settings.random_fully,
+            advertisements: self.settings.advertisements,
+        });
+        if let (Some(plain), Some(site)) = (&self.settings.plaintext, self.site().filter(|_| self.held.is_some())) {
+            objects.extend(plain.node(&site));
+        }
+        objects
     }
 
     fn peer_facts(&self, name: &NodeName) -> Option<PeerFacts> {

@@ -324,16 +324,7 @@ pub(super) fn problems(psks: &[PskReport], foreign: usize) -> Vec<String> {
     if psks.is_empty() {
         return vec!["no PSK".into()];
     }
-    let mut problems = Vec::new();
-    if foreign > 0 && psks.iter().all(|psk| psk.have == 1) {
-        let others = match foreign {
-            1 => "1 node has".to_owned(),
-            count => format!("{count} nodes have"),
-        };
-        problems.push(format!(
-            "no other node has a PSK of this one, {others} another: is this node's the right one?"
-        ));
-    }
+    let mut problems = Vec::from_iter(alone(psks, foreign));
     for psk in psks.iter().filter(|psk| !psk.needed_by.is_empty()) {
         let needers = match psk.needed_by.len() {
             1 => "1 node still needs".to_owned(),
@@ -347,6 +338,18 @@ pub(super) fn problems(psks: &[PskReport], foreign: usize) -> Vec<String> {
         ));
     }
     problems
+}
+
+/// What is doubtful where no other node has one of the PSKs, and `foreign` others have none of them.
+pub(super) fn alone(psks: &[PskReport], foreign: usize) -> Option<String> {
+    let others = match foreign {
+        0 => return None,
+        1 => "1 node has".to_owned(),
+        count => format!("{count} nodes have"),
+    };
+    psks.iter()
+        .all(|psk| psk.have == 1)
+        .then(|| format!("no other node has a PSK of this one, {others} another: is this node's the right one?"))
 }
 
 /// The first names of many.

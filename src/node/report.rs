@@ -8,7 +8,7 @@ use serde::{Deserialize, Serialize};
 use xfrm::{Limits, SaId};
 
 use super::psks::{self, PskReport};
-use super::{Known, Node, Peer};
+use super::{Known, Node, Peer, some};
 use crate::admission::Refusal;
 use crate::backend::{Plain, ipsec};
 use crate::epochs::{Data, Generation};
@@ -61,6 +61,17 @@ pub struct Report {
     pub rejected: BTreeMap<String, String>,
     /// Every other node, by name.
     pub peers: Vec<PeerReport>,
+}
+
+/// What a person should look at, beside what is wrong with this node's own parts. The texts stay the same while it lasts.
+#[derive(Clone, Debug, Default, Eq, PartialEq)]
+pub struct Doubts {
+    /// About the PSKs held.
+    pub psks: Option<String>,
+    /// About the own lease.
+    pub lease: Option<String>,
+    /// About the leases of others.
+    pub peers: Option<String>,
 }
 
 /// An epoch to come, as JSON shows it.
@@ -155,13 +166,8 @@ impl Node {
             problems.extend(psks::problems(&held, self.foreign()));
         }
         problems.extend(self.stalled().map(|why| format!("no new epoch can begin: {why}")));
-        if let Some(Refusal::Conflict { claim, others }) = self.claims.conflict(&self.settings.name) {
-            let others: Vec<String> = others.iter().map(ToString::to_string).collect();
-            problems.push(format!(
-                "{claim} of this node is also claimed by {}: remove that lease",
-                others.join(", ")
-            ));
-        }
+        problems.extend(self.contested());
+        problems.extend(self.exposed());
         Report {
             node: self.settings.name.to_string(),
             network: texts(&mut self.settings.network.nets().map(|net| net.to_string())),
@@ -201,6 +207,59 @@ impl Node {
         }
     }
 
+    /// Which peers are served in plaintext, where that is allowed.
+    fn exposed(&self) -> Option<String> {
+        self.settings.plaintext.as_ref()?;
+        let names = self.known.keys().filter(|name| self.in_plaintext(name));
+        let names: Vec<String> = names.map(ToString::to_string).collect();
+        Some(match names.as_slice() {
+            [] => "AllowPlaintextPeers is on, and no peer needs it: take it out of net-conf.json".to_owned(),
+            names => format!(
+                "{} of {} peers in PLAINTEXT, as AllowPlaintextPeers allows: {}; whoever can write leases can add to them: \
+                 take it out of net-conf.json when they have moved",
+                names.len(),
+                self.known.len(),
+                some(names)
+            ),
+        })
+    }
+
+    /// What another lease takes from this node.
+    fn contested(&self) -> Option<String> {
+        let Some(Refusal::Conflict { claim, others }) = self.claims.conflict(&self.settings.name) else {
+            return None;
+        };
+        let others: Vec<String> = others.iter().map(ToString::to_string).collect();
+        Some(format!(
+            "{claim} of this node is also claimed by {}: remove that lease",
+            others.join(", ")
+        ))
+    }
+
+    /// What is doubtful about PSKs and leases now. Goes through all peers.
+    pub fn doubts(&self) -> Doubts {
+        let held = match self.plain() {
+            Some(_) => return Doubts::default(),
+            None => self.psk_reports(Duration::ZERO),
+        };
+        // A lease that says nothing yet is no one's mistake.
+        let mut refused = self
+            .refusals()
+            .filter(|(_, refusal)| !matches!(refusal, Refusal::Silent));
+        let first = refused
+            .next()
+            .map(|(name, refusal)| format!("the lease of node {name} is refused: {refusal}"));
+        let more = match refused.count() {
+            0 => String::new(),
+            count => format!("; and {count} more: `ringmail status` names them"),
+        };
+        Doubts {
+            psks: psks::alone(&held, self.foreign()),
+            lease: self.contested(),
+            peers: first.map(|first| first + &more),
+        }
+    }
+
     fn peer_report(
         &self,
         name: &NodeName,
@@ -233,10 +292,17 @@ impl Node {
             self.plain_report(plain, name, &mut report);
             return report;
         }
+        let plaintext = self.in_plaintext(name);
         let Some(peer) = self.peers.get(name) else {
+            if let Some(plain) = self.settings.plaintext.as_ref().filter(|_| report.reason.is_none()) {
+                self.plain_report(plain, name, &mut report);
+            }
             return report;
         };
         self.serving(peer, &mut report, now);
+        if plaintext {
+            report.state = State::Plain;
+        }
         if let Some(refusal) = &known.refusal {
             report.reason = Some(format!(
                 "the newest lease is refused, its last good one serves: {refusal}"

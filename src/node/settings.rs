@@ -37,6 +37,8 @@ pub struct Settings {
     pub directed: bool,
     /// The unencrypted backend that carries the mesh; `None` for ipsec, which all about keys above is for.
     pub plain: Option<Plain>,
+    /// Under ipsec, the unencrypted backend that peers of that type are served with, where that is allowed.
+    pub plaintext: Option<Plain>,
     /// `BackendData` that the operator's command prepared, in the place of the backend's.
     pub prepared: Option<serde_json::Value>,
     /// Whether forwarded packets of the mesh are accepted, whatever the policy of the host's own chain.

@@ -36,6 +36,31 @@ impl Held {
         }
     }
 
+    /// Publishes what was `read`, if that makes a difference; `trouble` where nothing is wrong with that.
+    pub(crate) fn update(sender: &channel::Sender<Self>, read: Result<PskSet, PskError>, trouble: Option<&PskError>) {
+        sender.send_if_modified(|held| {
+            let mut next = held.after(read);
+            next.error = next.error.or_else(|| trouble.cloned());
+            let differs = !held.says_the_same(&next);
+            if differs {
+                *held = next;
+            }
+            differs
+        });
+    }
+
+    /// The `trouble` is over.
+    pub(crate) fn recovered(sender: &channel::Sender<Self>, trouble: &PskError) {
+        let text = trouble.to_string();
+        sender.send_if_modified(|held| {
+            let over = held.error.as_ref().is_some_and(|error| error.to_string() == text);
+            if over {
+                held.error = None;
+            }
+            over
+        });
+    }
+
     fn says_the_same(&self, other: &Self) -> bool {
         let text = |held: &Self| held.error.as_ref().map(ToString::to_string);
         self.set == other.set && text(self) == text(other)
@@ -76,13 +101,6 @@ async fn follow(
         let read = spawn_blocking(move || (Watched::new(&path), load(&path, &network)));
         let Ok((now_watched, read)) = read.await else { return };
         watched = now_watched;
-        sender.send_if_modified(|held| {
-            let next = held.after(read);
-            let differs = !held.says_the_same(&next);
-            if differs {
-                *held = next;
-            }
-            differs
-        });
+        Held::update(&sender, read, None);
     }
 }

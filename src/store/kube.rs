@@ -4,6 +4,7 @@
 //!  follow ── list, then watch from there ──▶ View ──▶ roster, wishes
 //!  publish ── read, patch what differs ──▶ the own Node
 //!  report ── NetworkUnavailable, as the datapath has it ──▶ the own Node
+//!  tell ── what became wrong, or right again ──▶ Events on the own Node
 //! ```
 //! What is asked of the API server grows with the number of Nodes, not with their size. The list is read in pages, of
 //! each Node the few fields that count. The watch is one of metadata alone: a Node's heartbeats come without the images
@@ -19,9 +20,12 @@
 
 mod condition;
 mod connect;
+mod events;
 mod follow;
+mod news;
 mod notes;
 mod own;
+mod secret;
 mod view;
 
 use std::collections::BTreeMap;
@@ -42,9 +46,11 @@ use crate::lease::{Addresses, Completeness, Lease, Network, NoSlot, NodeName, Ro
 pub use condition::Datapath;
 pub use connect::{Access, Own};
 use connect::{Connector, Failure, Spec};
+pub use news::{Topic, Troubles};
 pub use notes::Keys;
 use notes::Notes;
 use own::{assigned, node_of_pod};
+pub use secret::Secrets;
 use view::{Record, View};
 
 /// The first wait after a failure; it doubles up to [`SLOWEST`].
@@ -166,6 +172,11 @@ impl Kube {
     /// Keeps the Node's condition NetworkUnavailable true to `datapath`, for ever.
     pub async fn report(&self, datapath: watch::Receiver<Datapath>) {
         condition::report(&self.shared, datapath).await;
+    }
+
+    /// Tells of `troubles` by Events on the Node, for ever.
+    pub async fn tell(&self, troubles: watch::Receiver<Troubles>) {
+        events::tell(&self.shared, troubles).await;
     }
 
     pub(super) fn roster(&self) -> watch::Receiver<Roster> {

@@ -225,6 +225,7 @@ fn of_several_addresses_the_lasting_global_one_is_taken() {
             &crate::config::Context {
                 file: "x",
                 psk_file: None,
+                psk_secret: None,
             },
         );
         let choice = Choice {

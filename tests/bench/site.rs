@@ -83,6 +83,7 @@ impl Site {
             advertisements: false,
             directed: false,
             plain: None,
+            plaintext: None,
             prepared: None,
             forward: true,
             blackhole: false,

@@ -14,6 +14,7 @@ fuzz_target!(|text: &str| {
         let context = Context {
             file: "net-conf.json",
             psk_file,
+            psk_secret: None,
         };
         match NetConf::parse(text, &context) {
             Ok(conf) => {

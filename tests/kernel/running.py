@@ -7,9 +7,11 @@
 The lease folder lies on a file system of its own, mounted before any daemon starts (a later mount would not reach their
 mount namespaces), so that a test can make it read-only or full."""
 
+import base64
 import contextlib
 import json
 import os
+import pathlib
 import re
 import subprocess
 import time
@@ -185,6 +187,35 @@ def more(before, after):
 def environment(pid):
     """A process's environment, arguments and limits as root sees them: bytes."""
     return b"".join(open(f"/proc/{pid}/{name}", "rb").read() for name in ("environ", "cmdline", "limits"))
+
+
+def in_memory(pid, secret):
+    """Whether a process's memory has these bytes."""
+    with open(f"/proc/{pid}/mem", "rb", 0) as memory:
+        for line in pathlib.Path(f"/proc/{pid}/maps").read_text().splitlines():
+            start, end, rights = re.match(r"([0-9a-f]+)-([0-9a-f]+) (\S+)", line).groups()
+            if "w" in rights:
+                with contextlib.suppress(OSError, OverflowError):
+                    memory.seek(int(start, 16))
+                    if secret in memory.read(int(end, 16) - int(start, 16)):
+                        return True
+    return False
+
+
+def spellings(secret):
+    """What a secret could look like in a text."""
+    hexadecimal = secret.hex()
+    encoded = base64.b64encode(secret).rstrip(b"=")
+    listed = ", ".join(map(str, secret)).encode()
+    return {
+        secret,
+        hexadecimal.encode(),
+        hexadecimal.upper().encode(),
+        encoded,
+        base64.urlsafe_b64encode(secret).rstrip(b"="),
+        listed,
+        listed.replace(b" ", b""),
+    }
 
 
 __all__ = [name for name in dir() if not name.startswith("_") and name not in ("contextlib", "os")]

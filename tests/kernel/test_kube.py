@@ -1,12 +1,17 @@
 """A mesh whose leases are annotations on the Nodes of a real API server: three daemons, real ESP. `tests/run kube` runs it,
 which builds the server."""
 
+import base64
+import hashlib
+import hmac
 import json
 import os
 import pathlib
 import re
 import ssl
 import subprocess
+import threading
+import time
 import urllib.error
 import urllib.request
 
@@ -14,6 +19,7 @@ import pytest
 
 import netns
 from rig import REPOSITORY, eventually, program
+from running import in_memory, measured, spellings
 
 # The wire answers for the default gateway of every node, so it is where the server can be reached from all of them.
 WIRE = "192.168.77.254"
@@ -83,6 +89,19 @@ class Cluster:
         """flannel's annotations on a Node, without their prefix."""
         found = self.ask("GET", f"nodes/{name}")["metadata"].get("annotations", {})
         return {note.removeprefix(PREFIX): value for note, value in found.items() if note.startswith(PREFIX)}
+
+    def give(self, name, entries):
+        """Makes a Secret of these keys, or gives it them, as `kubectl apply` does: with a second copy in an annotation."""
+        data = {entry: base64.b64encode(text).decode() for entry, text in entries.items()}
+        body = {"apiVersion": "v1", "kind": "Secret", "metadata": {"name": name}, "data": data}
+        body["metadata"]["annotations"] = {"kubectl.kubernetes.io/last-applied-configuration": json.dumps(body)}
+        path = f"namespaces/default/secrets/{name}?fieldManager=test&force=true"
+        self.ask("PATCH", path, body, "application/apply-patch+yaml")
+
+    def events(self, name):
+        """What `kubectl describe node` shows of Events."""
+        found = self.ask("GET", f"events?fieldSelector=involvedObject.kind=Node,involvedObject.name={name}")["items"]
+        return "\n".join(f"{event['type']} {event['reason']}: {event['message']}" for event in found)
 
     def condition(self, name):
         conditions = self.ask("GET", f"nodes/{name}")["status"].get("conditions", [])
@@ -177,3 +196,74 @@ def test_three_daemons_hold_an_encrypted_mesh_over_nodes(cluster):
     kube.ask("PATCH", f"nodes/{lab.node(3)}", overwrite, "application/merge-patch+json")
     lab.meshed(timeout=60)
     eventually("pods talk", talk, 20)
+
+
+def test_keys_of_a_secret_are_watched_through_the_api(cluster):
+    lab, kube = cluster
+    conf, keys = kube.folder / "conf", {number: key() for number in (1, 2)}
+    mount(conf, "net-conf.json", b'{"Network": "10.244.0.0/16", "Backend": {"Type": "ipsec"}}')
+    flags = ["--kubeconfig-file", kube.kubeconfig, "--net-config-path", conf / "net-conf.json", "--psk-secret", "default/psk"]
+    # All there is to log.
+    env = {"RINGMAIL_LOG": "trace"}
+    for node in lab.nodes[:2]:
+        node.start("--kube-subnet-mgr", *flags, env={"NODE_NAME": str(node), **env})
+    # Without that store, and alone: the keys come from there all the same.
+    (kube.folder / "leases-3").mkdir()
+    lab.node(3).start("--lease-dir", kube.folder / "leases-3", *flags, env=env)
+
+    # The Secret is waited for, and said so.
+    for node in lab.nodes:
+        eventually("it waits", lambda: "waiting for it" in node.log() and "does not exist" in node.log(), 60)  # noqa: B023
+    told = lambda what: all(what in kube.events(node) for node in lab.nodes[:2])  # noqa: E731
+    eventually("the Nodes say so", lambda: told("Warning PSKRefused: the PSK can't be read"), 30)
+    kube.give("psk", {"key-1": keys[1]})
+    for node in lab.nodes:
+        node.ready(60)
+    lab.meshed(lab.nodes[:2], timeout=60)
+    eventually("the Nodes say so", lambda: told("Normal PSKAccepted"), 30)
+    one, two, _ = lab.pods()
+    eventually("pods talk", lambda: one.ping(two) == 1, 20)
+    kids = lambda node: [psk["kid"] for psk in node.status()["psks"] if not psk["withdrawn"]]  # noqa: E731
+    (first,) = kids(lab.node(1))
+    assert [kids(node) for node in lab.nodes] == [[first]] * 3
+
+    # A second key, then without the first, under traffic.
+    answers = []
+    flow = threading.Thread(target=lambda: answers.append(one.ping(two, count=3000, interval=0.01, timeout=20)))
+    flow.start()
+    began = time.monotonic()
+    kube.give("psk", {"key-1": keys[1], "key-2": keys[2]})
+    eventually("the newer key is there", lambda: all(len(kids(node)) == 2 for node in lab.nodes), 10, 0.05)
+    measured("from a Secret's change to both keys on three nodes", time.monotonic() - began)
+    second = kids(lab.node(1))[0]
+    assert second != first
+    lab.meshed(lab.nodes[:2], timeout=40)
+    kube.give("psk", {"key-2": keys[2]})
+    held = lambda: {psk["kid"] for node in lab.nodes for psk in node.status()["psks"]}  # noqa: E731
+    eventually("the old key is dropped", lambda: held() == {second}, 60)
+    flow.join()
+    assert answers == [3000], "packets were lost"
+
+    # A wrong edit: the last good one stays in use, and it is said.
+    kube.give("psk", {"key-3": b"hunter2"})
+    problem = "the PSK can't be read, those in use stay: PSK Secret default/psk has no key in its entry \"key-3\""
+    for node in lab.nodes:
+        eventually("it is told", lambda: any(problem in text for text in node.status()["problems"]), 20)  # noqa: B023
+    eventually("the Nodes say so", lambda: told(f"Warning PSKRefused: {problem}"), 20)
+    assert held() == {second} and one.ping(two) == 1
+    kube.give("psk", {"key-2": keys[2]})
+    for node in lab.nodes:
+        eventually("it is over", lambda: not any("PSK" in text for text in node.status()["problems"]), 20)  # noqa: B023
+
+    # No key in anything that is shown, and no byte of the Secret in memory: what is derived from the key is.
+    shown = "\n".join(node.log() + str(node.status()) for node in lab.nodes) + "".join(map(kube.events, lab.nodes[:2]))
+    texts = [text.strip() for text in keys.values()]
+    assert "psk" in shown.lower()
+    for text in [*texts, b"hunter2"]:
+        assert not any(spelling in shown.encode() for spelling in spellings(text)), "a key shows"
+    prk = lambda text: hmac.digest(b"ringmail v1 psk", text, hashlib.sha256)  # noqa: E731
+    for node in lab.nodes:
+        assert in_memory(node.pid, prk(texts[1])), "what is held can be found"
+        gone = [prk(texts[0]), *texts, *(base64.b64encode(text + b"\n")[:64] for text in texts)]
+        left = [at for at, secret in enumerate(gone) if in_memory(node.pid, secret)]
+        assert not left, f"{node} has {left} in its memory"

@@ -5,8 +5,6 @@ import hashlib
 import hmac
 import itertools
 import os
-import pathlib
-import re
 import time
 
 import pytest
@@ -14,7 +12,7 @@ import pytest
 from flow import PORT
 from forger import Psk
 from rig import eventually
-from running import Running, measured, measures
+from running import Running, in_memory, measured, measures
 
 NETWORK = "10.244.0.0/16"
 NODES = (1, 2, 3)
@@ -111,19 +109,6 @@ def mesh(keywatch):
         mesh.lab.wire.assert_clean()
     finally:
         mesh.down()
-
-
-def in_memory(pid, secret):
-    """Whether a process's memory has these bytes."""
-    with open(f"/proc/{pid}/mem", "rb", 0) as memory:
-        for line in pathlib.Path(f"/proc/{pid}/maps").read_text().splitlines():
-            start, end, rights = re.match(r"([0-9a-f]+)-([0-9a-f]+) (\S+)", line).groups()
-            if "w" in rights:
-                with contextlib.suppress(OSError, OverflowError):
-                    memory.seek(int(start, 16))
-                    if secret in memory.read(int(end, 16) - int(start, 16)):
-                        return True
-    return False
 
 
 @pytest.mark.parametrize("order", ORDERS, ids=str)

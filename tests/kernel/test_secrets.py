@@ -1,6 +1,5 @@
 """Neither a PSK nor the key of an SA shows anywhere but in the PSK's file and in the kernel."""
 
-import base64
 import os
 import pathlib
 import re
@@ -10,7 +9,7 @@ import time
 import pytest
 
 from rig import eventually, program
-from running import PSK, Running
+from running import PSK, Running, spellings
 
 CANARY = "this-is-for-the-daemon-alone"
 NOBODY = 65534
@@ -51,22 +50,6 @@ def keys(mesh):
             found |= {bytes.fromhex(key), bytes.fromhex(key[:-8])}
     assert len(found) >= 4, "each way has a key"
     return found
-
-
-def spellings(secret):
-    """What a secret could look like in a text."""
-    hexadecimal = secret.hex()
-    encoded = base64.b64encode(secret).rstrip(b"=")
-    listed = ", ".join(map(str, secret)).encode()
-    return {
-        secret,
-        hexadecimal.encode(),
-        hexadecimal.upper().encode(),
-        encoded,
-        base64.urlsafe_b64encode(secret).rstrip(b"="),
-        listed,
-        listed.replace(b" ", b""),
-    }
 
 
 def assert_hidden(secrets, **texts):

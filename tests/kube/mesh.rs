@@ -261,6 +261,17 @@ impl Host {
         fs::read_to_string(self.folder.join("subnet.env")).unwrap_or_default()
     }
 
+    /// Puts a folder in the place of subnet.env, which no file can replace; or takes it away.
+    pub(crate) fn block_subnet_env(&self, block: bool) {
+        let path = self.folder.join("subnet.env");
+        if block {
+            fs::remove_file(&path).expect("it is there");
+            fs::create_dir_all(path.join("in the way")).expect("a folder");
+        } else {
+            fs::remove_dir_all(&path).expect("it is there");
+        }
+    }
+
     /// What `ringmail status` says.
     pub(crate) fn status(&self) -> String {
         self.ask("status").1

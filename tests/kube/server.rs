@@ -18,11 +18,12 @@ use tokio::time::sleep;
 use crate::cluster::{Cluster, Tls, ctl, port};
 use crate::name;
 
-/// What the daemon may do, and nothing else: the same as flannel's ClusterRole.
+/// What the daemon may do, and nothing else: flannel's ClusterRole, and Events.
 pub(crate) const RULES: &str = r#"[
     {"apiGroups": [""], "resources": ["nodes"], "verbs": ["get", "list", "watch"]},
     {"apiGroups": [""], "resources": ["nodes/status"], "verbs": ["patch"]},
-    {"apiGroups": [""], "resources": ["pods"], "verbs": ["get"]}
+    {"apiGroups": [""], "resources": ["pods"], "verbs": ["get"]},
+    {"apiGroups": [""], "resources": ["events"], "verbs": ["create", "patch"]}
 ]"#;
 
 pub(crate) struct Server {

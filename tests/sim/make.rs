@@ -131,6 +131,7 @@ pub(crate) fn settings(node: &str, network: Network) -> Settings {
         directed: false,
         advertisements: true,
         plain: None,
+        plaintext: None,
         prepared: None,
         forward: true,
         blackhole: false,

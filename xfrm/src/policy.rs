@@ -118,7 +118,7 @@ pub enum Action {
     Block,
 }
 
-/// An ESP tunnel that is required. Its family may differ from the selector's.
+/// An ESP tunnel. Its family may differ from the selector's.
 #[derive(Clone, Copy, Debug, Eq, PartialEq)]
 pub struct Template {
     /// Outer source address.
@@ -129,6 +129,8 @@ pub struct Template {
     pub spi: u32,
     /// The reqid of the SAs that serve; 0 for any.
     pub reqid: u32,
+    /// Whether a packet may come without it, too; where it goes out, it is then skipped as long as no SA serves.
+    pub optional: bool,
 }
 
 /// A policy of someone else's that [`Policy`] cannot express.
@@ -228,7 +230,14 @@ fn write(writer: &mut Writer<'_>, policy: &Policy) {
         share: XFRM_SHARE_ANY,
         ..UserPolicyInfo::default()
     });
-    let Some(Template { src, dst, spi, reqid }) = template else {
+    let Some(Template {
+        src,
+        dst,
+        spi,
+        reqid,
+        optional,
+    }) = template
+    else {
         return;
     };
     assert_eq!(family(*src), family(*dst), "a template's addresses are of one family");
@@ -243,6 +252,7 @@ fn write(writer: &mut Writer<'_>, policy: &Policy) {
             saddr: Address::from_ip(src),
             reqid: *reqid,
             mode: XFRM_MODE_TUNNEL,
+            optional: (*optional).into(),
             ..UserTemplate::default()
         });
     });
@@ -355,10 +365,11 @@ fn read_template(payload: &[u8]) -> Result<Option<Template>, &'static str> {
         saddr: template.saddr,
         reqid: template.reqid,
         mode: XFRM_MODE_TUNNEL,
+        optional: template.optional,
         ..UserTemplate::default()
     };
     if template != expected || ![AF_INET, AF_INET6].contains(&template.family) {
-        return Err("a template that is not a required ESP tunnel");
+        return Err("a template that is not an ESP tunnel");
     }
     let (Some(src), Some(dst)) = (
         ip(&template.saddr, template.family),
@@ -371,5 +382,6 @@ fn read_template(payload: &[u8]) -> Result<Option<Template>, &'static str> {
         dst,
         spi: template.id.spi,
         reqid: template.reqid,
+        optional: template.optional != 0,
     }))
 }

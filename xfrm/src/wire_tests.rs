@@ -68,6 +68,7 @@ fn template(src: &str, dst: &str, spi: u32) -> Option<Template> {
         dst: ip(dst),
         spi,
         reqid: 0x726d,
+        optional: false,
     })
 }
 
@@ -535,9 +536,15 @@ mod properties {
                 }
             },
         );
-        let template = proptest::option::of(
-            (pair(), any::<(u32, u32)>()).prop_map(|((src, dst), (spi, reqid))| Template { src, dst, spi, reqid }),
-        );
+        let template = proptest::option::of((pair(), any::<(u32, u32, bool)>()).prop_map(
+            |((src, dst), (spi, reqid, optional))| Template {
+                src,
+                dst,
+                spi,
+                reqid,
+                optional,
+            },
+        ));
         let action = prop_oneof![Just(Action::Allow), Just(Action::Block)];
         (direction, selector, template, action, any::<u32>()).prop_map(
             |(direction, selector, template, action, priority)| Policy {

@@ -274,6 +274,16 @@ const GOLDEN: &[Wrong] = &[
         "--kube-subnet-mgr and --lease-dir name two stores: leave one of them out",
     ),
     (
+        &[DIR, "--psk-secret=psk"],
+        &[],
+        "--psk-secret is \"psk\": a namespace and a name such as kube-system/ringmail-psk are needed",
+    ),
+    (
+        &[DIR, "--psk-secret=a/b", "--psk-file=/psk"],
+        &[],
+        "--psk-file and --psk-secret name two places of the PSK: leave one of them out",
+    ),
+    (
         &["--etcd-endpoints=127.0.0.1:2379"],
         &[],
         "--etcd-endpoints: \"127.0.0.1:2379\" is no URL of etcd: URLs such as \
@@ -375,6 +385,13 @@ fn what_has_no_effect_is_warned_of_only_where_it_was_given() {
         run(&[DIR, "--iptables-resync=7", "--iptables-forward-rules"]).warnings(),
         Vec::<String>::new()
     );
+    let secret = run(&[
+        DIR,
+        "--kubeconfig-file=/k",
+        "--kube-api-url=https://a",
+        "--psk-secret=a/b",
+    ]);
+    assert_eq!(secret.warnings(), Vec::<String>::new());
     assert_eq!(
         odd_variables(&environment(&[
             ("FLANNELD_IFAEC", "x"),

@@ -7,7 +7,7 @@ use xfrm::{Batch, Family, ForeignPolicy, ForeignSa, HashThreshold, Parsed, Polic
 use zeroize::Zeroizing;
 
 use super::{gone_is_done, misfit, outcome, unread};
-use crate::kernel::{Counters, Guard, Key, Object, Objects, Op, Refused, Write, WriteError, reqid_slot};
+use crate::kernel::{Counters, Guard, Key, Object, Objects, Op, Refused, Write, WriteError, priority, reqid_slot};
 
 /// The key of an SA that is ours, `None` for anyone else's.
 pub(super) fn sa_key(sa: &Sa) -> Option<Key> {
@@ -18,6 +18,7 @@ pub(super) fn sa_key(sa: &Sa) -> Option<Key> {
 pub(super) fn policy_key(policy: &Policy) -> Option<Key> {
     match &policy.template {
         Some(template) => reqid_slot(template.reqid).map(|_| Key::Policy(policy.id)),
+        None if policy.priority == priority::PLAINTEXT => Some(Key::Policy(policy.id)),
         None => Guard::of_priority(policy.priority).map(|guard| Key::Guard(guard, policy.id)),
     }
 }

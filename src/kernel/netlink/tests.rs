@@ -149,6 +149,7 @@ fn peer_without_sas(slot: u32) -> Objects {
                     dst: own,
                     spi: 0,
                     reqid: mark,
+                    optional: false,
                 },
             ),
             (
@@ -159,6 +160,7 @@ fn peer_without_sas(slot: u32) -> Objects {
                     dst: own,
                     spi: 0,
                     reqid: mark,
+                    optional: false,
                 },
             ),
             (
@@ -169,6 +171,7 @@ fn peer_without_sas(slot: u32) -> Objects {
                     dst: public,
                     spi,
                     reqid: mark,
+                    optional: false,
                 },
             ),
         ];

@@ -238,6 +238,7 @@ mod tests {
             &crate::config::Context {
                 file: "test",
                 psk_file: None,
+                psk_secret: None,
             },
         );
         let who = Identity {

@@ -130,6 +130,11 @@ impl Connector {
         }
     }
 
+    /// A client for one call, whose connection goes with it.
+    pub(super) fn once(&self, doing: &'static str) -> Result<Client, Failure> {
+        Client::try_from(self.config.clone()).map_err(|error| Failure::lost(doing, text(&error)))
+    }
+
     /// Gives all connections up.
     pub(super) fn forget(&self) {
         // It was made of the same before.
@@ -159,14 +164,18 @@ impl Failure {
     pub(super) fn answered(doing: &'static str, code: u16, message: &str) -> Self {
         let remedy = match code {
             401 => ": the credentials are not accepted: look at the kubeconfig, or at the Pod's service account",
-            403 => ": this account needs get, list and watch on nodes, patch on nodes/status, and get on pods",
+            403 => ": give this account that right",
             _ => "",
         };
+        let why = format!("{message} ({code}){remedy}");
         Self {
-            error: StoreError::Kube {
-                doing,
-                why: format!("{message} ({code}){remedy}"),
-                transient: true,
+            error: match code {
+                429 | 500.. => StoreError::KubeAway { doing, why },
+                _ => StoreError::Kube {
+                    doing,
+                    why,
+                    transient: true,
+                },
             },
             code: Some(code),
         }
@@ -174,11 +183,7 @@ impl Failure {
 
     pub(super) fn lost(doing: &'static str, why: String) -> Self {
         Self {
-            error: StoreError::Kube {
-                doing,
-                why,
-                transient: true,
-            },
+            error: StoreError::KubeAway { doing, why },
             code: None,
         }
     }

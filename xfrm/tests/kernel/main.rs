@@ -87,6 +87,7 @@ fn policy(direction: Direction, src: &str, dst: &str, spi: u32) -> Policy {
             dst,
             spi,
             reqid: REQID,
+            optional: false,
         }),
     }
 }

@@ -87,6 +87,11 @@ fn what_others_made_survives_a_dump_and_is_told_from_what_we_could_have_made() {
         "xfrm policy add src 10.9.0.0/16 dst 10.8.0.0/16 dir in tmpl src 192.0.2.1 dst 192.0.2.2 proto ah mode transport",
     );
     ip("xfrm policy add src 10.9.0.0/16 dst 10.8.0.0/16 dir fwd flag icmp");
+    // A tunnel that a packet may come without.
+    ip(
+        "xfrm policy add src 10.9.0.0/16 dst 10.7.0.0/16 dir in tmpl src 192.0.2.1 dst 192.0.2.2 proto esp mode tunnel \
+         level use",
+    );
     ip("xfrm policy add src 10.9.0.0/16 dst 10.8.0.0/16 dir out if_id 9 action block");
     add(&mut xfrm, &sa(0x1000));
     set(&mut xfrm, &[block(Direction::In)]);
@@ -109,19 +114,27 @@ fn what_others_made_survives_a_dump_and_is_told_from_what_we_could_have_made() {
     ];
     assert_eq!(foreign, reasons);
 
-    let mut reasons: Vec<_> = Vec::new();
+    let (mut reasons, mut optional): (Vec<_>, _) = (Vec::new(), 0);
     for parsed in xfrm.dump_policies().unwrap() {
         match parsed {
+            Parsed::Known(Policy {
+                template: Some(template),
+                ..
+            }) => {
+                assert!(template.optional);
+                optional += 1;
+            }
             Parsed::Known(policy) => assert_eq!(policy, block(Direction::In)),
             Parsed::Other(other) => reasons.push(other.reason),
         }
     }
+    assert_eq!(optional, 1);
     reasons.sort_unstable();
     assert_eq!(
         reasons,
         [
             "a mark",
-            "a template that is not a required ESP tunnel",
+            "a template that is not an ESP tunnel",
             "an interface id",
             "flags"
         ]

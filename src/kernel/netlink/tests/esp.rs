@@ -511,6 +511,7 @@ fn the_kernel_says(cipher: keys::Cipher, v6: bool, encap: bool) {
         dst: sa.dst,
         spi: sa.spi,
         reqid: sa.reqid,
+        optional: false,
     });
     desired.insert(id, Object::Policy(policy));
     for object in desired.values_mut() {
