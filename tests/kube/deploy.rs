@@ -11,11 +11,13 @@ use nix::sys::signal::Signal;
 use serde_json::{Value, json};
 use tokio::time::sleep;
 
+use super::events::described;
 use super::mesh::{self, Host, Pod};
 use super::server::{Server, program, shared};
 
 const REPOSITORY: &str = env!("CARGO_MANIFEST_DIR");
 const ROLES: &str = "/apis/rbac.authorization.k8s.io/v1/clusterroles";
+const TELLING: &str = "/apis/rbac.authorization.k8s.io/v1/namespaces/default/roles/ringmail";
 const DAEMON: &str = "/apis/apps/v1/namespaces/kube-system/daemonsets/kube-flannel-ds";
 const CLEANUP: &str = "/apis/apps/v1/namespaces/kube-system/daemonsets/ringmail-cleanup";
 const CONFIG: &str = "/api/v1/namespaces/kube-system/configmaps/kube-flannel-cfg";
@@ -39,22 +41,25 @@ fn documents(manifest: &str) -> Vec<Document> {
             let line = yaml.lines().find_map(|line| line.strip_prefix(key));
             line.unwrap_or_default().trim().to_owned()
         };
-        let (place, plural) = match value("kind:").as_str() {
-            "ServiceAccount" => ("/api/v1/namespaces/kube-system", "serviceaccounts"),
-            "ConfigMap" => ("/api/v1/namespaces/kube-system", "configmaps"),
-            "DaemonSet" => ("/apis/apps/v1/namespaces/kube-system", "daemonsets"),
-            "ClusterRole" => ("/apis/rbac.authorization.k8s.io/v1", "clusterroles"),
-            "ClusterRoleBinding" => ("/apis/rbac.authorization.k8s.io/v1", "clusterrolebindings"),
+        let rights = "/apis/rbac.authorization.k8s.io/v1";
+        let (place, namespace, plural) = match value("kind:").as_str() {
+            "ServiceAccount" => ("/api/v1", "kube-system", "serviceaccounts"),
+            "ConfigMap" => ("/api/v1", "kube-system", "configmaps"),
+            "DaemonSet" => ("/apis/apps/v1", "kube-system", "daemonsets"),
+            "ClusterRole" => (rights, "", "clusterroles"),
+            "ClusterRoleBinding" => (rights, "", "clusterrolebindings"),
+            // Events of what is in no namespace, such as a Node, are there.
+            "Role" => (rights, "default", "roles"),
+            "RoleBinding" => (rights, "default", "rolebindings"),
             other => panic!("a manifest holds no {other:?}"),
         };
-        let namespaced = place.contains("namespaces");
-        assert_eq!(
-            value("  namespace:"),
-            if namespaced { "kube-system" } else { "" },
-            "{yaml}"
-        );
+        assert_eq!(value("  namespace:"), namespace, "{yaml}");
+        let within = match namespace {
+            "" => String::new(),
+            namespace => format!("/namespaces/{namespace}"),
+        };
         Document {
-            path: format!("{place}/{plural}/{}", value("  name:")),
+            path: format!("{place}{within}/{plural}/{}", value("  name:")),
             yaml: format!("{yaml}\n"),
         }
     };
@@ -111,20 +116,13 @@ fn rights(role: &Value) -> Vec<(String, String)> {
     rights
 }
 
-/// Leaves these rights to the accounts with `role`.
+/// Leaves these rights to the accounts with the role at this path.
 async fn allow(client: &Client, role: &str, rights: &[(String, String)]) {
     let rule =
         |(resource, verb): &(String, String)| json!({"apiGroups": [""], "resources": [resource], "verbs": [verb]});
     let rules: Vec<Value> = rights.iter().map(rule).collect();
     let body = json!({ "rules": rules }).to_string();
-    let patched = call(
-        client,
-        Method::PATCH,
-        &format!("{ROLES}/{role}"),
-        "application/merge-patch+json",
-        &body,
-    )
-    .await;
+    let patched = call(client, Method::PATCH, role, "application/merge-patch+json", &body).await;
     patched.expect("patched");
     // The server learns of it by watching.
     sleep(Duration::from_secs(1)).await;
@@ -212,6 +210,16 @@ async fn the_manifests_are_accepted_and_have_the_names_of_flannels_documentation
     check(data["net-conf.json"].as_str().expect("a configuration"));
 }
 
+const GOOD: &str = r#"{"Network": "10.244.0.0/16", "EnableNFTables": true, "Backend": {"Type": "vxlan"}}"#;
+const WRONG: &str = r#"{"Network": "10.244.0.0/16", "EnableNFTables": true, "Backend": {"Type": "vxlam"}}"#;
+
+/// Edits the configuration and waits for an Event.
+async fn told_of_an_edit(server: &Server, host: &Host, json: &str, wanted: &str) {
+    host.configure(json);
+    let told = async || described(server, "node1").await.contains(wanted);
+    host.eventually(wanted, told).await;
+}
+
 #[test]
 #[ignore = "needs kube-apiserver"]
 fn the_daemonsets_rights_and_capability_are_enough_and_each_is_needed() {
@@ -221,7 +229,9 @@ fn the_daemonsets_rights_and_capability_are_enough_and_each_is_needed() {
         for document in manifest("ringmail.yml") {
             apply(&client, &document, "").await;
         }
-        let full = rights(&get(&client, &format!("{ROLES}/ringmail")).await);
+        let role = format!("{ROLES}/ringmail");
+        let full = rights(&get(&client, &role).await);
+        let telling = rights(&get(&client, TELLING).await);
         let pod = pod(&client).await;
         let mut hosts = Vec::new();
         for number in 1..=2_u8 {
@@ -229,7 +239,7 @@ fn the_daemonsets_rights_and_capability_are_enough_and_each_is_needed() {
                 .add(&format!("node{number}"), &format!("10.244.{number}.0/24"))
                 .await;
             let host = Host::new(&server, number);
-            host.configure(r#"{"Network": "10.244.0.0/16", "EnableNFTables": true, "Backend": {"Type": "vxlan"}}"#);
+            host.configure(GOOD);
             hosts.push(host);
         }
         let [mut first, mut second]: [Host; 2] = hosts.try_into().ok().expect("two of them");
@@ -262,19 +272,39 @@ fn the_daemonsets_rights_and_capability_are_enough_and_each_is_needed() {
                 .contains("manager true")
         };
         first.eventually("annotations are put back", again).await;
+        for count in ["x1", "x2"] {
+            told_of_an_edit(&server, &first, WRONG, &format!("ConfigurationRefused {count}")).await;
+            told_of_an_edit(&server, &first, GOOD, &format!("ConfigurationAccepted {count}")).await;
+        }
         first.stop(Signal::SIGTERM);
         assert!(!first.log().contains("(403)"), "{}", first.log());
         assert!(first.cleanup().contains("lease"), "{}", first.log());
 
         // Needed: without any one of them the daemon names what it was refused.
         for right in &full {
-            allow(&client, "ringmail", &without(&full, right)).await;
+            allow(&client, &role, &without(&full, right)).await;
             first.start_as(&server, &pod, &[("NODE_NAME", "node1")]);
             let refused = format!("cannot {} resource \"{}\"", right.1, right.0);
             let named = async || first.log().replace('\\', "").contains(&refused);
             first.eventually(&format!("{refused} is said"), named).await;
             first.stop(Signal::SIGTERM);
-            allow(&client, "ringmail", &full).await;
+            allow(&client, &role, &full).await;
+            first.cleanup();
+        }
+        for right in &telling {
+            allow(&client, TELLING, &without(&telling, right)).await;
+            first.start_as(&server, &pod, &[("NODE_NAME", "node1")]);
+            first.reaches("10.244.2.0").await;
+            if right.1 == "patch" {
+                told_of_an_edit(&server, &first, WRONG, "ConfigurationRefused x1").await;
+                told_of_an_edit(&server, &first, GOOD, "ConfigurationAccepted x1").await;
+            }
+            first.configure(WRONG);
+            let refused = format!("cannot {} resource \"events\"", right.1);
+            let named = async || first.log().replace('\\', "").contains(&refused);
+            first.eventually(&format!("{refused} is said"), named).await;
+            first.configure(GOOD);
+            first.stop(Signal::SIGTERM);
             first.cleanup();
         }
         // And without the capability.
@@ -313,12 +343,12 @@ fn the_cleanups_rights_are_enough_and_each_is_needed_and_it_may_be_repeated() {
         mesh::enter(&server, &token(&client, "ringmail-cleanup").await);
         let full = rights(&get(&client, &format!("{ROLES}/ringmail-cleanup")).await);
         for right in &full {
-            allow(&client, "ringmail-cleanup", &without(&full, right)).await;
+            allow(&client, &format!("{ROLES}/ringmail-cleanup"), &without(&full, right)).await;
             let (good, said) = host.try_cleanup(&[]);
             assert!(!good && said.contains("still there"), "without {right:?}: {said}");
         }
         assert!(leased().await, "it could not be given back");
-        allow(&client, "ringmail-cleanup", &full).await;
+        allow(&client, &format!("{ROLES}/ringmail-cleanup"), &full).await;
         // What it is told to remove too, on this node's own files.
         let daemon = get(&client, CLEANUP).await;
         let arguments = &daemon["spec"]["template"]["spec"]["initContainers"][0]["args"];
