@@ -136,7 +136,7 @@ COMMAND_LINES = [
     (["--iface-regex=(["], 64, ['--iface-regex is "(["']),
     (["--healthz-port=70000"], 64, ['--healthz-port is "70000"']),
     (["--node-name=a b"], 64, ['--node-name is "a b"', "1 to 253 printable"]),
-    (["--kube-subnet-mgr"], 64, ["--kube-subnet-mgr: kube store: not in this version; use etcd, or --lease-dir DIR"]),
+    (["--kube-subnet-mgr"], 64, ["--kube-subnet-mgr and --lease-dir name two stores: leave one of them out"]),
 ]
 
 
