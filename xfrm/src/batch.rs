@@ -41,6 +41,13 @@ impl Batch {
         Self::default()
     }
 
+    /// A batch without requests, with room for `bytes` of them: what grows is copied, and wiped where it was.
+    pub fn with_room(bytes: usize) -> Self {
+        let mut batch = Self::default();
+        batch.buffer.make_room(bytes);
+        batch
+    }
+
     /// Appends a request of type `kind`; `flags` are those of the type (`NLM_F_CREATE` and so on), the ones that make it
     /// a request with an answer are added. `body` writes what follows the header.
     pub fn push(&mut self, kind: u16, flags: u16, body: impl FnOnce(&mut Writer<'_>)) {

@@ -9,6 +9,10 @@ use zeroize::Zeroizing;
 use super::{gone_is_done, misfit, outcome, unread};
 use crate::kernel::{Counters, Guard, Key, Object, Objects, Op, Refused, Write, WriteError, priority, reqid_slot};
 
+/// Bytes of a request for an SA with its key, and for a policy with its template, at most.
+const SA_REQUEST: usize = 512;
+const POLICY_REQUEST: usize = 344;
+
 /// The key of an SA that is ours, `None` for anyone else's.
 pub(super) fn sa_key(sa: &Sa) -> Option<Key> {
     reqid_slot(sa.reqid).map(|_| Key::Sa(sa.id()))
@@ -108,7 +112,7 @@ fn policies(xfrm: &mut Xfrm) -> Result<Vec<Parsed<Policy, ForeignPolicy>>, Write
 /// A change with a key removes the SA and makes it anew: if the making is refused, nothing is left. A change without a
 /// key changes limits and ports; the key stays (the kernel takes no other for an SA that exists).
 pub(super) fn apply_sas(xfrm: &mut Xfrm, writes: Vec<Write>) -> Vec<Result<(), Refused>> {
-    let mut batch = Batch::new();
+    let mut batch = Batch::with_room(writes.len() * SA_REQUEST);
     // What each request is of; the last request of an operation tells what became of it.
     let mut requests = Vec::with_capacity(writes.len());
     let mut results: Vec<Result<(), WriteError>> = Vec::with_capacity(writes.len());
@@ -264,7 +268,7 @@ fn look_at_taken(xfrm: &mut Xfrm, writes: &[Write], taken: &[usize], results: &m
 ///
 /// A place that is taken by one of ours is written over in one step; someone else's policy is named and left.
 pub(super) fn apply_policies(xfrm: &mut Xfrm, ops: &[Op]) -> Vec<Result<(), Refused>> {
-    let mut batch = Batch::new();
+    let mut batch = Batch::with_room(ops.len() * POLICY_REQUEST);
     let mut requests = Vec::with_capacity(ops.len());
     let mut results: Vec<Result<(), WriteError>> = Vec::with_capacity(ops.len());
     for (index, op) in ops.iter().enumerate() {
