@@ -72,10 +72,10 @@ fuzz_target!(|data: &[u8]| {
     }
     let tag = PSK.tag(&bytes);
     let text = serde_json::json!({
-        "statement": BASE64.encode(&bytes),
-        "tags": [BASE64.encode(tag.as_bytes()), BASE64.encode([0; 32])],
+        "Statement": BASE64.encode(&bytes),
+        "Tags": [BASE64.encode(tag.as_bytes()), BASE64.encode([0; 32])],
     });
-    drop(admission::stated_name(&text));
+    drop(admission::stated_name(&text.clone().into()));
     let lease = Lease {
         node: NodeName::new("node2").expect("a name"),
         subnets: NETWORK.subnets(Slot::new(2).expect("a slot")).expect("subnets"),
@@ -84,8 +84,8 @@ fuzz_target!(|data: &[u8]| {
             v6: None,
         },
         backend: "ipsec".into(),
-        data: text,
-        v6_data: serde_json::Value::Null,
+        data: text.into(),
+        v6_data: serde_json::Value::Null.into(),
     };
     match admission::verify(&lease, &NETWORK, std::slice::from_ref(&PSK)) {
         Ok(admitted) => {
