@@ -39,7 +39,7 @@ def lab(make_lab):
     return lab
 
 
-def test_a_daemon_is_healthy_while_it_waits_and_ready_once_it_serves(lab):
+def test_health_readiness_and_metrics_follow_what_becomes_of_a_daemon(lab):
     node, folder = lab.node(1), pathlib.Path(lab.lease_dir)
     conf = folder / "net-conf.json"
     good = conf.read_text()
