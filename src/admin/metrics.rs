@@ -13,7 +13,6 @@ use prometheus_client::metrics::counter::ConstCounter;
 use prometheus_client::metrics::gauge::ConstGauge;
 use prometheus_client::registry::{Registry, Unit};
 
-use crate::kernel::firewall::Counters;
 use crate::node::report::{Report, State};
 use crate::store::kube::Datapath;
 
@@ -34,8 +33,6 @@ pub struct Measures {
     pub unread: Option<Duration>,
     /// The same of writing.
     pub unwritten: Option<Duration>,
-    /// What the guard has dropped; `None` where it can't be read.
-    pub dropped: Option<Counters>,
 }
 
 /// What the system says of this process and of IPsec.
@@ -225,7 +222,7 @@ fn node(families: &mut Families<'_>, measures: &Measures) -> fmt::Result {
     families.gauge("ringmail_store_outage", help, Some(&Unit::Seconds), &outages)?;
     let help = "Operations written to the kernel";
     families.counter("ringmail_kernel_writes", help, None, &[(&[], measures.writes)])?;
-    if let Some(dropped) = &measures.dropped {
+    if let Some(dropped) = &report.plaintext {
         let (arriving, leaving): (Labels<'_>, Labels<'_>) = (&[("way", "arriving")], &[("way", "leaving")]);
         let series = [(arriving, dropped.arriving.packets), (leaving, dropped.leaving.packets)];
         let help = "Packets of the mesh that crossed the uplink without ESP, and were dropped";

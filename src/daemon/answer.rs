@@ -35,6 +35,9 @@ fn status(turn: &mut Turn) -> Report {
     let mut report = turn.reconciler.node.report(&counters, turn.now());
     let roster = turn.inputs.roster.borrow();
     report.encap_kept = turn.sockets.kept_over_restart();
+    if turn.reconciler.node.plain().is_none() {
+        report.plaintext = turn.reconciler.kernel().dropped().ok();
+    }
     report.tunnel = turn.tunnels.counters();
     report.complete = roster.completeness == Completeness::Complete;
     report.rejected.clone_from(roster.rejected());
@@ -84,7 +87,6 @@ fn status(turn: &mut Turn) -> Report {
 fn measure(turn: &mut Turn) -> Measures {
     let kernel = turn.reconciler.kernel();
     let answered = kernel.counters().map(drop).map_err(|error| chain(&error));
-    let dropped = kernel.dropped().ok();
     let health = turn.inputs.health.borrow();
     let lasts = |trouble: &Option<Trouble>| trouble.as_ref().map(|trouble| trouble.lasts(Instant::now()));
     let (unread, unwritten) = (lasts(&health.reading), lasts(&health.writing));
@@ -97,7 +99,6 @@ fn measure(turn: &mut Turn) -> Measures {
         configuration_refused: turn.inputs.misconfigured.borrow().is_some(),
         unread,
         unwritten,
-        dropped,
     }
 }
 

@@ -18,6 +18,7 @@ pub mod open;
 use std::net::IpAddr;
 
 use ipnet::{IpNet, Ipv4Net, Ipv6Net};
+use serde::{Deserialize, Serialize};
 use xfrm::netlink::Protocol;
 use xfrm::{MessageRef, Monitor};
 
@@ -217,7 +218,7 @@ fn same_family(a: &IpNet, b: &IpNet) -> bool {
 }
 
 /// What the guard has dropped since it was first applied; a rewrite carries the numbers over.
-#[derive(Clone, Copy, Debug, Default, Eq, PartialEq)]
+#[derive(Clone, Copy, Debug, Default, Deserialize, Eq, PartialEq, Serialize)]
 pub struct Counters {
     /// Came in by the uplink with a source of the mesh and was not ESP: spoofed, or a peer without encryption.
     pub arriving: Tally,
@@ -258,7 +259,7 @@ impl Way {
 }
 
 /// A number of packets.
-#[derive(Clone, Copy, Debug, Default, Eq, PartialEq)]
+#[derive(Clone, Copy, Debug, Default, Deserialize, Eq, PartialEq, Serialize)]
 pub struct Tally {
     /// Packets.
     pub packets: u64,

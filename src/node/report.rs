@@ -12,7 +12,7 @@ use super::{Known, Node, Peer, some};
 use crate::admission::Refusal;
 use crate::backend::{Plain, ipsec};
 use crate::epochs::{Data, Generation};
-use crate::kernel::{Counters, Key, Object, Scope};
+use crate::kernel::{Counters, Key, Object, Scope, firewall};
 use crate::lease::NodeName;
 use crate::tunnel;
 
@@ -45,6 +45,10 @@ pub struct Report {
     /// What the udp backend's tunnel has carried and dropped since its start; `None` under the others.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub tunnel: Option<tunnel::Counters>,
+    /// Packets of the mesh that crossed the uplink without ESP, and were dropped; `None` where nothing is encrypted, or the
+    /// guard can't be read.
+    #[serde(default)]
+    pub plaintext: Option<firewall::Counters>,
     /// The newest own epoch.
     pub epoch: Option<u64>,
     /// Its age, seconds.
@@ -134,6 +138,12 @@ pub struct PeerReport {
     pub heard: Option<f64>,
     /// The last probe's round trip, milliseconds.
     pub round_trip: Option<f64>,
+    /// Of the last probes that asked for an answer, the share that got none, 0 to 1; `None` where none has asked yet.
+    #[serde(default)]
+    pub loss: Option<f64>,
+    /// Whether a packet of the mesh MTU passes to it; `None` where that is not known yet.
+    #[serde(default)]
+    pub full_size: Option<bool>,
     /// Bytes sent, over the SAs that the kernel holds.
     pub bytes_out: u64,
     /// Bytes received.
@@ -189,6 +199,7 @@ impl Node {
             encap: mode(self.settings.encap.mode).into(),
             encap_kept: None,
             tunnel: None,
+            plaintext: None,
             epoch: newest.map(|(epoch, _)| epoch.0),
             epoch_age: newest.map(|(_, own)| now.saturating_sub(own.begun).as_secs()),
             next_epoch: self.next_epoch().map(|(at, cause)| NextEpoch {
@@ -282,6 +293,8 @@ impl Node {
             learned: None,
             heard: None,
             round_trip: None,
+            loss: None,
+            full_size: None,
             bytes_out: 0,
             bytes_in: 0,
             packets_out: 0,

@@ -4,7 +4,6 @@ use tokio::io::{AsyncReadExt as _, AsyncWriteExt as _};
 use tokio::net::TcpStream;
 
 use super::*;
-use crate::kernel::firewall::{Counters, Tally};
 use crate::node::report::Report;
 use crate::tunnel;
 
@@ -12,7 +11,8 @@ fn measures() -> Measures {
     let report: Report = serde_json::from_value(serde_json::json!({
         "node": "node-a", "network": ["10.244.0.0/16"], "subnets": ["10.244.1.0/24"], "public": ["192.0.2.1"],
         "uplink": "eth0", "mtu": 1446, "backend": "ipsec", "cipher": "aes128gcm16", "encap": "false",
-        "epoch": 1_764_000_001u64, "epoch_age": 11_520, "next_epoch": null,
+        "epoch": 1_764_000_001u64, "epoch_age": 11_520,
+        "plaintext": {"arriving": {"packets": 3, "bytes": 300}, "leaving": {"packets": 0, "bytes": 0}}, "next_epoch": null,
         "psks": [{"kid": "0011223344556677", "withdrawn": false, "dropped_in": null, "have": 1, "nodes": 1,
                   "missing": [], "needed_by": []}],
         "complete": true, "problems": ["no lease yet"], "rejected": {"x.json": "no JSON"}, "peers": []
@@ -26,10 +26,6 @@ fn measures() -> Measures {
         configuration_refused: true,
         unread: Some(Duration::from_millis(1500)),
         unwritten: None,
-        dropped: Some(Counters {
-            arriving: Tally { packets: 3, bytes: 300 },
-            leaving: Tally::default(),
-        }),
     }
 }
 
