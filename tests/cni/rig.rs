@@ -189,6 +189,16 @@ impl Rig {
         names
     }
 
+    /// Who has `address`, as host-local wrote it.
+    pub(crate) fn reservation(&self, network: &str, address: &str) -> String {
+        fs::read_to_string(self.path(&format!("leases/{network}/{address}"))).expect("a reservation")
+    }
+
+    /// Gives `address` back by hand.
+    pub(crate) fn free(&self, network: &str, address: &str) {
+        fs::remove_file(self.path(&format!("leases/{network}/{address}"))).expect("a reservation");
+    }
+
     /// Starts the plugin in this thread's namespace, as the leader of a process group.
     pub(crate) fn start(&self, call: &Call<'_>) -> Child {
         self.start_plugin(Path::new(env!("CARGO_BIN_EXE_ringmail-cni")), call)
