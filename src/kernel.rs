@@ -15,7 +15,7 @@ pub mod nft;
 mod offload;
 pub mod sysctl;
 
-use std::collections::{BTreeMap, BTreeSet};
+use std::collections::BTreeMap;
 use std::fmt;
 use std::net::IpAddr;
 
@@ -206,7 +206,7 @@ pub enum Object {
     /// The permanent outer destination of a forwarding entry.
     Fdb(IpAddr),
     /// A route to a peer's subnet.
-    Route(Route),
+    Route(Box<Route>),
 }
 
 /// Where packets to a subnet go.
@@ -285,17 +285,25 @@ impl fmt::Display for Op {
     }
 }
 
-/// What turns `actual` into `desired` for the keys that are wanted or `owned`; in no particular order.
-pub fn diff(desired: &Objects, owned: &BTreeSet<Key>, actual: &Objects) -> Vec<Op> {
-    let wanted = desired.iter().filter_map(|(key, want)| match actual.get(key) {
-        None => Some(Op::Make(key.clone(), want.clone())),
-        Some(have) if have == want => None,
-        Some(_) => Some(Op::Change(key.clone(), want.clone())),
-    });
+/// What makes the kernel, of which `actual` tells, hold `desired`, and nothing of what is only `owned`; in no particular
+/// order.
+pub fn diff<'k, 'o>(
+    desired: Objects,
+    owned: impl IntoIterator<Item = &'k Key>,
+    actual: impl Fn(&Key) -> Option<&'o Object>,
+) -> Vec<Op> {
     let unwanted = owned
-        .iter()
-        .filter(|key| !desired.contains_key(*key) && actual.contains_key(*key));
-    wanted.chain(unwanted.map(|key| Op::Break(key.clone()))).collect()
+        .into_iter()
+        .filter(|key| !desired.contains_key(*key) && actual(key).is_some());
+    let breaks: Vec<Op> = unwanted.map(|key| Op::Break(key.clone())).collect();
+    let mut ops = Vec::with_capacity(desired.len() + breaks.len());
+    ops.extend(desired.into_iter().filter_map(|(key, want)| match actual(&key) {
+        None => Some(Op::Make(key, want)),
+        Some(have) if *have == want => None,
+        Some(_) => Some(Op::Change(key, want)),
+    }));
+    ops.extend(breaks);
+    ops
 }
 
 /// Lays the operations of several scopes out: all makes and changes going up through the keys, then all breaks going
@@ -310,7 +318,8 @@ pub fn order(mut ops: Vec<(Scope, Op)>) -> Vec<(Scope, Op)> {
     ops
 }
 
-/// One operation on its way to the kernel; a made SA carries its key, which is wiped with this value.
+/// One operation on its way to the kernel. A made SA carries its key, which is wiped with this value; it stays here after
+/// the writing only where the kernel is sure not to have used it.
 #[derive(Debug)]
 pub struct Write {
     /// What to do.
@@ -383,8 +392,9 @@ pub trait Datapath {
     /// Everything of ours in the kernel, by key.
     fn dump(&mut self) -> Result<Objects, WriteError>;
 
-    /// Carries out operations of one kind; one result each, in order. A failed one does not stop the others.
-    fn apply(&mut self, kind: Kind, writes: Vec<Write>) -> Vec<Result<(), Refused>>;
+    /// Carries out operations of one kind; one result each, in order. A failed one does not stop the others. The key of a
+    /// made SA is taken out of its write, unless the kernel refused it and so has never used it.
+    fn apply(&mut self, kind: Kind, writes: &mut [Write]) -> Vec<Result<(), WriteError>>;
 
     /// False where the packet filter is one that tells nobody of changes and no longer holds what was last written. A
     /// [`Look::Glance`] costs next to nothing and misses a rule that was put in the place of another of its length.
@@ -404,15 +414,6 @@ pub enum Look {
     Glance,
     /// At its rules.
     Whole,
-}
-
-/// A write that failed; a made SA's key comes back where the kernel holds it for sure not to be used.
-#[derive(Debug)]
-pub struct Refused {
-    /// Why.
-    pub error: WriteError,
-    /// The key of an SA that was refused, and so never used.
-    pub secret: Option<keys::SaKey>,
 }
 
 /// What the kernel counts of one SA.

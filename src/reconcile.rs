@@ -5,6 +5,8 @@
 //! too: without the guard nothing is opened. A scope that failed is tried again, backing off. What is ours by its mark
 //! and wanted by nobody is swept, but only once the roster is complete.
 
+mod ledger;
+
 use std::collections::{BTreeMap, BTreeSet};
 use std::time::Duration;
 
@@ -15,11 +17,12 @@ use xfrm::SaId;
 
 use crate::backend::ipsec;
 use crate::kernel::{
-    Counters, Datapath, Event, Key, Kind, Look, Object, Objects, Op, Refused, Scope, Write, WriteError, diff, order,
-    reqid_slot,
+    Counters, Datapath, Event, Key, Kind, Look, Object, Objects, Op, Scope, Write, WriteError, diff, order, reqid_slot,
 };
 use crate::lease::{Completeness, NodeName};
 use crate::node::{Cause, Datagram, Node, some};
+
+use ledger::Ledger;
 
 /// The first wait before a failed scope is tried again; it doubles up to [`SLOWEST`].
 const FIRST: Duration = Duration::from_millis(20);
@@ -34,8 +37,8 @@ const RESERVED: usize = 8;
 const FEW: usize = 8;
 /// The longest wait between two readings of the whole kernel where notifications go on being lost.
 const RARELY: Duration = Duration::from_secs(5);
-/// So many operations a batch at most: their messages, and a second copy of them, are in memory at one time.
-const BATCH: usize = 512;
+/// So many operations a batch at most: one send's.
+const BATCH: usize = xfrm::netlink::REQUESTS_PER_SEND;
 /// So many rounds a pass at most: each lets what the one before made known take effect.
 const ROUNDS: usize = 8;
 
@@ -77,10 +80,7 @@ pub struct Reconciler<D> {
     /// The node's decisions.
     pub node: Node,
     kernel: D,
-    actual: Objects,
-    owner: BTreeMap<Key, Scope>,
-    /// In their order. A list: a set has room for eleven keys from its first on, in every scope.
-    owned: BTreeMap<Scope, Vec<Key>>,
+    ledger: Ledger,
     failing: BTreeMap<Scope, Failing>,
     /// Peers whose SA would be another's, of this pass.
     alike: BTreeMap<Scope, String>,
@@ -97,9 +97,7 @@ impl<D: Datapath> Reconciler<D> {
         Ok(Self {
             node: node(&actual),
             kernel,
-            actual,
-            owner: BTreeMap::new(),
-            owned: BTreeMap::new(),
+            ledger: Ledger::new(actual),
             failing: BTreeMap::new(),
             alike: BTreeMap::new(),
             complete: false,
@@ -131,13 +129,23 @@ impl<D: Datapath> Reconciler<D> {
     }
 
     /// What the kernel holds of ours, as far as is known.
-    pub fn actual(&self) -> &Objects {
-        &self.actual
+    pub fn actual(&self) -> impl Iterator<Item = (&Key, &Object)> {
+        self.ledger.objects()
+    }
+
+    /// What the kernel holds there, as far as is known.
+    pub fn holds(&self, key: &Key) -> Option<&Object> {
+        self.ledger.get(key)
     }
 
     /// The kernel itself.
     pub fn kernel(&mut self) -> &mut D {
         &mut self.kernel
+    }
+
+    /// Puts what is kept of the kernel together anew: after many changes half of its room is empty.
+    pub fn compact(&mut self) {
+        self.ledger.compact();
     }
 
     /// How many operations were written so far.
@@ -147,7 +155,7 @@ impl<D: Datapath> Reconciler<D> {
 
     /// What every scope wants now.
     pub fn desired(&self) -> Objects {
-        let peers = self.owned.keys().filter(|scope| matches!(scope, Scope::Peer(_)));
+        let peers = self.ledger.scopes().filter(|scope| matches!(scope, Scope::Peer(_)));
         let scopes = std::iter::once(&Scope::Node).chain(peers);
         scopes.flat_map(|scope| self.node.desired(scope)).collect()
     }
@@ -180,7 +188,7 @@ impl<D: Datapath> Reconciler<D> {
             return false;
         };
         let through = |id| {
-            let Some(Object::Policy(policy)) = self.actual.get(&Key::Policy(id)) else {
+            let Some(Object::Policy(policy)) = self.ledger.get(&Key::Policy(id)) else {
                 return None;
             };
             policy.template.as_ref().map(|template| Spi(template.spi))
@@ -203,7 +211,7 @@ impl<D: Datapath> Reconciler<D> {
             Event::Observed(key, object) => self.observed(key, object),
             Event::Gone(key) => self.gone(&key),
             Event::AllGone(kind) => {
-                let keys: Vec<Key> = self.actual.keys().filter(|key| key.kind() == kind).cloned().collect();
+                let keys: Vec<Key> = self.keys(|key| key.kind() == kind);
                 if !keys.is_empty() {
                     warn!(?kind, count = keys.len(), "flushed by another hand");
                 }
@@ -212,7 +220,7 @@ impl<D: Datapath> Reconciler<D> {
                 }
             }
             Event::SoftLimit(id) => {
-                if !self.actual.contains_key(&Key::Sa(id)) {
+                if !self.ledger.holds(&Key::Sa(id)) {
                     return;
                 }
                 if self.node.limited(&id) {
@@ -226,7 +234,7 @@ impl<D: Datapath> Reconciler<D> {
                 }
             }
             Event::Moved { id, source } => {
-                if let Some(Scope::Peer(name)) = self.owner.get(&Key::Sa(id)) {
+                if let Some(Scope::Peer(name)) = self.ledger.owner(&Key::Sa(id)) {
                     self.node.moved(name, source);
                 }
             }
@@ -235,7 +243,7 @@ impl<D: Datapath> Reconciler<D> {
     }
 
     fn observed(&mut self, key: Key, object: Object) {
-        let before = self.actual.get(&key);
+        let before = self.ledger.get(&key);
         let same = match (before, &object) {
             (Some(Object::Sa { sa: before, .. }), Object::Sa { sa: now, .. }) => before == now,
             (before, now) => before == Some(now),
@@ -250,37 +258,37 @@ impl<D: Datapath> Reconciler<D> {
         }
         warn!(%key, "changed by another hand");
         self.touched(&key);
-        self.actual.insert(key, object);
+        self.ledger.put(key, object);
     }
 
     fn gone(&mut self, key: &Key) {
-        if self.actual.contains_key(key) {
+        if self.ledger.holds(key) {
             warn!(%key, "removed by another hand or by its limit");
             self.forget(key);
         }
     }
 
     fn forget(&mut self, key: &Key) {
-        let Some(object) = self.actual.remove(key) else { return };
+        let Some(object) = self.ledger.take(key) else { return };
         self.touched(key);
         if let Key::Link(link) = key {
             // Its addresses and routes went with it; once another device has its name, nothing tells of them.
-            let hung = |other: &&Key| match other {
+            let hung = |other: &Key| match other {
                 Key::Address(device, _) | Key::Neighbour(device, _) | Key::Fdb(device, _) => device == link,
                 other => other.kind() == Kind::Route,
             };
-            for other in self.actual.keys().filter(hung).cloned().collect::<Vec<_>>() {
+            for other in self.keys(hung) {
                 self.forget(&other);
             }
         }
-        if let (Key::Sa(id), Object::Sa { born, .. }, Some(Scope::Peer(name))) = (key, object, self.owner.get(key)) {
+        if let (Key::Sa(id), Object::Sa { born, .. }, Some(Scope::Peer(name))) = (key, object, self.ledger.owner(key)) {
             let name = name.clone();
             self.node.lost(&name, id, born);
         }
     }
 
     fn touched(&mut self, key: &Key) {
-        let scope = self.owner.get(key).cloned().unwrap_or(Scope::Orphans);
+        let scope = self.ledger.owner(key).cloned().unwrap_or(Scope::Orphans);
         self.node.mark(scope);
     }
 
@@ -288,17 +296,11 @@ impl<D: Datapath> Reconciler<D> {
     pub fn resync(&mut self) -> Result<(), WriteError> {
         let fresh = self.kernel.dump()?;
         self.stale = false;
-        let gone: Vec<Key> = self
-            .actual
-            .keys()
-            .filter(|key| !fresh.contains_key(*key))
-            .cloned()
-            .collect();
-        for key in gone {
+        for key in self.keys(|key| !fresh.contains_key(key)) {
             self.gone(&key);
         }
         for (key, object) in fresh {
-            if matches!((&key, self.actual.get(&key)), (Key::Sa(_), Some(_))) {
+            if matches!((&key, self.ledger.get(&key)), (Key::Sa(_), Some(_))) {
                 // The kernel's own view of an SA's attributes may be narrower than what was written.
                 continue;
             }
@@ -371,7 +373,7 @@ impl<D: Datapath> Reconciler<D> {
     /// may be gone, and in what this process remembers: a new SA must not come to stand where an old one is still named.
     fn taken(&self) -> BTreeSet<u8> {
         let own = self.node.slot();
-        let named = self.actual.values().filter_map(|object| match object {
+        let named = self.ledger.objects().filter_map(|(_, object)| match object {
             Object::Sa { sa, .. } => Some((sa.reqid, sa.spi)),
             Object::Policy(policy) => policy.template.map(|template| (template.reqid, template.spi)),
             _ => None,
@@ -425,45 +427,35 @@ impl<D: Datapath> Reconciler<D> {
             }
             // What has gone over to another scope in this very pass is that one's.
             ops.retain(|(scope, op)| {
-                let theirs = |key| self.owner.get(key).is_some_and(|owner| owner != scope);
+                let theirs = |key| self.ledger.owner(key).is_some_and(|owner| owner != scope);
                 !matches!(op, Op::Break(key) if theirs(key))
             });
             // Without the guard nothing is opened, also while the node's own scope waits for its next try.
             let guardless = self.failing.contains_key(&Scope::Node) && !scopes.contains(&Scope::Node);
-            let many = ops.len() >= BATCH;
             let failed = self.write(order(ops), guardless, now);
             self.settle(&scopes, failed, now, &mut tried);
-            if many {
-                self.compact();
-            }
         }
     }
 
-    /// A tree that grew key by key is half empty; made of all its keys it is full.
-    fn compact(&mut self) {
-        self.actual = std::mem::take(&mut self.actual).into_iter().collect();
-        self.owner = std::mem::take(&mut self.owner).into_iter().collect();
-        self.owned = std::mem::take(&mut self.owned).into_iter().collect();
+    /// The keys that the kernel holds and `fits` takes.
+    fn keys(&self, fits: impl Fn(&Key) -> bool) -> Vec<Key> {
+        let held = self.ledger.objects().map(|(key, _)| key);
+        held.filter(|key| fits(key)).cloned().collect()
     }
 
     fn plan(&mut self, scope: &Scope) -> Vec<Op> {
         if *scope == Scope::Orphans {
             // Before the first epoch no peer is planned, and what an earlier process left is still in use.
             let known = self.complete && self.node.settled();
-            let sweep = |key: &&Key| known && !self.owner.contains_key(*key);
-            return self
-                .actual
-                .keys()
-                .filter(sweep)
-                .map(|key| Op::Break(key.clone()))
-                .collect();
+            let orphans = self.ledger.orphans().filter(|_| known);
+            return orphans.map(|key| Op::Break(key.clone())).collect();
         }
         let mut desired = self.still_possible(scope);
         let taken: Vec<(Key, Scope)> = (desired.keys().filter(|key| matches!(key, Key::Sa(_))))
             .filter_map(|key| {
                 Some((
                     key.clone(),
-                    self.owner.get(key).filter(|other| *other != scope)?.clone(),
+                    self.ledger.owner(key).filter(|other| *other != scope)?.clone(),
                 ))
             })
             .collect();
@@ -477,28 +469,8 @@ impl<D: Datapath> Reconciler<D> {
                 desired.remove(&key);
             }
         }
-        let mut owned: BTreeSet<Key> = self.owned.remove(scope).into_iter().flatten().collect();
-        for key in desired.keys() {
-            if let Some(other) = self.owner.insert(key.clone(), scope.clone())
-                && other != *scope
-                && let Some(keys) = self.owned.get_mut(&other)
-            {
-                keys.retain(|held| held != key);
-            }
-        }
-        let ops = diff(&desired, &owned, &self.actual);
-        owned.retain(|key| {
-            let there = self.actual.contains_key(key);
-            if !there && !desired.contains_key(key) && self.owner.get(key) == Some(scope) {
-                self.owner.remove(key);
-            }
-            there
-        });
-        owned.extend(desired.into_keys());
-        if !owned.is_empty() {
-            self.owned.insert(scope.clone(), owned.into_iter().collect());
-        }
-        ops
+        self.ledger.claim(scope, &desired);
+        diff(desired, self.ledger.owned(scope), |key| self.ledger.get(key))
     }
 
     /// What a scope wants, without what an earlier process made and has gone since: nobody can make it again.
@@ -508,7 +480,7 @@ impl<D: Datapath> Reconciler<D> {
         let gone: Vec<SaId> = desired
             .iter()
             .filter_map(|(key, object)| match (key, object) {
-                (Key::Sa(id), Object::Sa { born: None, .. }) if !self.actual.contains_key(key) => Some(*id),
+                (Key::Sa(id), Object::Sa { born: None, .. }) if !self.ledger.holds(key) => Some(*id),
                 _ => None,
             })
             .collect();
@@ -528,10 +500,10 @@ impl<D: Datapath> Reconciler<D> {
         if guardless {
             failed.insert(Scope::Node, String::new());
         }
+        let (mut scopes, mut batch) = (Vec::new(), Vec::new());
         let mut ops = ops.into_iter().peekable();
         while let Some((_, first)) = ops.peek() {
             let run = (first.key().kind(), matches!(first, Op::Break(_)));
-            let (mut scopes, mut batch) = (Vec::new(), Vec::new());
             let same = |(_, op): &(Scope, Op)| (op.key().kind(), matches!(op, Op::Break(_))) == run;
             while batch.len() < BATCH
                 && let Some((scope, op)) = ops.next_if(same)
@@ -553,15 +525,14 @@ impl<D: Datapath> Reconciler<D> {
                 continue;
             }
             self.writes += batch.len() as u64;
-            let done: Vec<Op> = batch.iter().map(|write| write.op.clone()).collect();
-            let results = self.kernel.apply(run.0, batch);
-            for ((scope, op), result) in scopes.into_iter().zip(done).zip(results) {
+            let results = self.kernel.apply(run.0, &mut batch);
+            for ((scope, Write { op, secret }), result) in scopes.drain(..).zip(batch.drain(..)).zip(results) {
                 match result {
                     Ok(()) => self.written(&scope, op, now),
-                    Err(refused) => {
-                        let error = chain(&refused.error);
-                        self.unwritten(&scope, &op, refused);
-                        failed.entry(scope).or_insert(error);
+                    Err(error) => {
+                        let why = chain(&error);
+                        self.unwritten(&scope, &op, &error, secret);
+                        failed.entry(scope).or_insert(why);
                     }
                 }
             }
@@ -578,7 +549,7 @@ impl<D: Datapath> Reconciler<D> {
         let Scope::Peer(name) = scope else {
             return Err(format!("SA {} belongs to no peer", Spi(id.spi)));
         };
-        if let Some(Object::Sa { sa: held, born: made }) = self.actual.get(op.key())
+        if let Some(Object::Sa { sa: held, born: made }) = self.ledger.get(op.key())
             && made == born
             && (xfrm::Sa {
                 encap: sa.encap,
@@ -606,26 +577,14 @@ impl<D: Datapath> Reconciler<D> {
                 if let (Key::Sa(id), Object::Sa { born: Some(born), .. }, Scope::Peer(name)) = (&key, &object, scope) {
                     self.node.made(name, id, *born, now);
                 }
-                self.actual.insert(key, object);
+                self.ledger.put(key, object);
             }
-            Op::Break(key) => {
-                self.actual.remove(&key);
-                if self.owner.get(&key) == Some(scope) {
-                    self.owner.remove(&key);
-                }
-                if let Some(owned) = self.owned.get_mut(scope) {
-                    owned.retain(|held| *held != key);
-                    if owned.is_empty() {
-                        self.owned.remove(scope);
-                    }
-                }
-            }
+            Op::Break(key) => self.ledger.broken(scope, &key),
         }
     }
 
-    fn unwritten(&mut self, scope: &Scope, op: &Op, refused: Refused) {
-        let Refused { error, secret } = refused;
-        match (&error, op) {
+    fn unwritten(&mut self, scope: &Scope, op: &Op, error: &WriteError, secret: Option<keys::SaKey>) {
+        match (error, op) {
             (WriteError::Unknown { .. }, _) => self.stale = true,
             // It went before the notification of its end came.
             (WriteError::Refused { source, .. }, Op::Change(key, _)) if source.is_gone() => self.forget(key),
@@ -695,7 +654,7 @@ impl<D: Datapath> Reconciler<D> {
     /// The kinds of what is ours in the kernel, counted: for the log.
     pub fn census(&self) -> BTreeMap<Kind, usize> {
         let mut census = BTreeMap::new();
-        for key in self.actual.keys() {
+        for (key, _) in self.ledger.objects() {
             *census.entry(key.kind()).or_default() += 1;
         }
         census
@@ -703,7 +662,7 @@ impl<D: Datapath> Reconciler<D> {
 
     /// The names of the peers that are served.
     pub fn served(&self) -> impl Iterator<Item = &NodeName> {
-        self.owned.keys().filter_map(|scope| match scope {
+        self.ledger.scopes().filter_map(|scope| match scope {
             Scope::Peer(name) => Some(name),
             Scope::Node | Scope::Orphans => None,
         })

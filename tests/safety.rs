@@ -314,7 +314,7 @@ fn clean(kernel: &SimKernel) -> Vec<Op> {
             .clone()
             .apply(
                 kind,
-                vec![Write {
+                &mut [Write {
                     op: op.clone(),
                     secret: None,
                 }],

@@ -8,7 +8,7 @@ use xfrm::{Action, Direction, Policy, PolicyId};
 
 use super::{Directory, explain};
 use crate::backend::ipsec::LINK;
-use crate::kernel::{Guard, Key, Object, Objects, Route, priority};
+use crate::kernel::{Guard, Key, Object, Objects, priority};
 
 /// Each way, one sentence with what else holds; in a fixed order.
 pub(super) fn ways(actual: &Objects, directory: &Directory) -> Vec<String> {
@@ -97,8 +97,9 @@ fn open(key: &Key, object: &Object, directory: &Directory) -> Option<String> {
                 )
             })
         }
-        Object::Route(Route { link, .. }) if link != LINK => Some(format!(
-            "{key} goes to {link} instead of {LINK}: a packet that no policy takes leaves there"
+        Object::Route(route) if route.link != LINK => Some(format!(
+            "{key} goes to {link} instead of {LINK}: a packet that no policy takes leaves there",
+            link = route.link
         )),
         Object::Sa { sa, .. } if explain::known_cipher(sa).is_none() => Some(format!(
             "{key} uses {}, which is none of ringmail's ciphers and may not encrypt",

@@ -9,7 +9,7 @@ use xfrm::{Action, Direction, Selector};
 use super::*;
 use crate::backend::ipsec::{self, LINK, NodeFacts, Path, PeerFacts, Through};
 use crate::epochs::Generation;
-use crate::kernel::{Kind, Route};
+use crate::kernel::Kind;
 use crate::lease::{Network, Range};
 
 pub(crate) fn network() -> Network {
@@ -232,10 +232,10 @@ fn what_opens_a_way_is_named() {
     assert_eq!(wide.len(), 1, "a local policy wider than the own subnet: {wide:?}");
     let astray = ways(&|objects| {
         let key = Key::Route("10.244.2.0/24".parse().unwrap());
-        let Some(Object::Route(Route { link, .. })) = objects.get_mut(&key) else {
+        let Some(Object::Route(route)) = objects.get_mut(&key) else {
             panic!("peer's route")
         };
-        *link = "eth0".into();
+        route.link = "eth0".into();
     });
     assert!(
         astray[0].contains(&format!("goes to eth0 instead of {LINK}")),

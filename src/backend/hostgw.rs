@@ -28,5 +28,5 @@ pub(super) fn route(site: &Site<'_>, subnet: IpNet, gateway: IpAddr) -> Objects 
         source: None,
         mtu: None,
     };
-    Objects::from([(Key::Route(subnet), Object::Route(route))])
+    Objects::from([(Key::Route(subnet), Object::Route(Box::new(route)))])
 }

@@ -47,5 +47,5 @@ pub(super) fn peer(settings: &Settings, site: &Site<'_>, lease: &Lease, subnet: 
         source: None,
         mtu: None,
     };
-    Ok(Objects::from([(Key::Route(subnet), Object::Route(route))]))
+    Ok(Objects::from([(Key::Route(subnet), Object::Route(Box::new(route)))]))
 }

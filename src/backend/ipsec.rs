@@ -322,7 +322,7 @@ pub fn peer(facts: &PeerFacts) -> Objects {
                 source: Some(source),
                 mtu: facts.mtu,
             };
-            objects.insert(Key::Route(subnet), Object::Route(route));
+            objects.insert(Key::Route(subnet), Object::Route(Box::new(route)));
         }
     }
     objects

@@ -47,7 +47,7 @@ pub(super) fn peer(site: &Site<'_>, lease: &Lease, subnet: IpNet) -> Result<Obje
         source: site.own.bases().of_family(subnet.addr()),
         mtu: None,
     };
-    Ok(Objects::from([(Key::Route(subnet), Object::Route(route))]))
+    Ok(Objects::from([(Key::Route(subnet), Object::Route(Box::new(route)))]))
 }
 
 /// Where packets to `subnet` of a lease go.

@@ -177,6 +177,6 @@ pub(super) fn peer(settings: &Settings, site: &Site<'_>, lease: &Lease, subnet: 
     Ok(Objects::from([
         (Key::Neighbour(link.clone(), gateway), Object::Neighbour(mac)),
         (Key::Fdb(link, mac), Object::Fdb(remote)),
-        (Key::Route(subnet), Object::Route(route)),
+        (Key::Route(subnet), Object::Route(Box::new(route))),
     ]))
 }

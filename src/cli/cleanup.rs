@@ -159,11 +159,12 @@ pub(super) fn clear(kernel: &mut impl Datapath, actual: &Objects, outcome: &mut 
             op: Op::Break(key.clone()),
             secret: None,
         };
-        let results = kernel.apply(kind, keys.iter().map(write).collect());
+        let mut writes: Vec<Write> = keys.iter().map(write).collect();
+        let results = kernel.apply(kind, &mut writes);
         for (key, result) in keys.iter().zip(results) {
             match result {
                 Ok(()) => outcome.kernel.push(key.to_string()),
-                Err(refused) => outcome.failed.push(chain(&refused.error)),
+                Err(error) => outcome.failed.push(chain(&error)),
             }
         }
     }

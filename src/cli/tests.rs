@@ -14,7 +14,7 @@ use crate::admin::{Leases, Rotation};
 use crate::audit;
 use crate::config::UsageError;
 use crate::kernel::netlink::{Netlink, Options};
-use crate::kernel::{Datapath as _, Key, Kind, Look, Object, Objects, Op, Refused, Write, WriteError};
+use crate::kernel::{Datapath as _, Key, Kind, Look, Object, Objects, Op, Write, WriteError};
 use crate::node::PskReport;
 use crate::node::report::Report;
 use crate::testing::Folder;

@@ -30,6 +30,7 @@ use crate::reconcile::{Reconciler, chain};
 use crate::store::Health;
 use crate::store::kube::Datapath;
 use crate::uplink::{Uplink, UplinkError};
+use crate::wiping;
 
 /// What the node holds, as the store gave it.
 #[derive(Clone, Debug)]
@@ -99,12 +100,18 @@ const RESYNC: Duration = Duration::from_secs(300);
 const GLANCE: Duration = Duration::from_millis(200);
 /// How often subnet.env is looked at: another hand may have changed it.
 const LOOK: Duration = Duration::from_secs(5);
+/// So many operations make it worth putting together anew what is kept of them,
+const MANY: u64 = 512;
+/// and so much later: a burst of changes may go on.
+const REST: Duration = Duration::from_secs(2);
 /// How often all peers are gone through for what is doubtful.
 const DOUBT: Duration = Duration::from_secs(10);
 
 /// The loop's own state.
 pub(super) struct Turn {
     pub(super) reconciler: Reconciler<Netlink>,
+    /// When memory is put in order, and how many operations were written when that was last asked for.
+    tidy: (Option<Duration>, u64),
     pub(super) inputs: Inputs,
     outputs: Outputs,
     random: SystemRandom,
@@ -157,6 +164,7 @@ impl Turn {
         let glance = (!reconciler.filter_tells()).then_some(GLANCE);
         Self {
             reconciler,
+            tidy: (None, 0),
             directed,
             filter_every,
             filter: filter_every,
@@ -220,6 +228,7 @@ impl Turn {
             Some(self.resync),
             Some(self.filter),
             self.glance,
+            self.tidy.0,
             (!self.outputs.doubts.is_closed()).then_some(self.doubt),
         ];
         let due = due.into_iter().flatten().min().unwrap_or(self.resync);
@@ -378,7 +387,7 @@ impl Turn {
         if reopen {
             self.tunnels.plan(self.reconciler.node.tunnel());
         }
-        let device = self.reconciler.actual().get(&Key::Link(udp::LINK.into()));
+        let device = self.reconciler.holds(&Key::Link(udp::LINK.into()));
         let stands = matches!(device, Some(Object::Link(device)) if device.up);
         self.tunnels.follow(stands, self.now());
         if reopen && self.reconciler.node.plain().is_none() {
@@ -403,6 +412,20 @@ impl Turn {
         }
         self.tell_datapath();
         self.tell_doubts();
+        self.tidy();
+    }
+
+    /// Keeps no more memory than is in use, once a burst of changes is over.
+    fn tidy(&mut self) {
+        let (now, writes) = (self.now(), self.reconciler.writes());
+        let (due, asked) = &mut self.tidy;
+        if writes - *asked >= MANY {
+            (*due, *asked) = (Some(now + REST), writes);
+        } else if due.is_some_and(|at| now >= at) {
+            *due = None;
+            self.reconciler.compact();
+            wiping::give_back();
+        }
     }
 
     fn read_probes(&mut self) {

@@ -34,7 +34,7 @@ use xfrm::{Connection, KernelError, Protocol, SaId, Xfrm};
 use super::firewall::{self, Firewall, Manager};
 use super::offload;
 use super::sysctl::Sysctl;
-use super::{Counters, Datapath, Key, Kind, Look, Object, Objects, Op, Refused, Write, WriteError};
+use super::{Counters, Datapath, Key, Kind, Look, Object, Objects, Op, Write, WriteError};
 #[cfg(doc)]
 use super::{Event, ROUTE_PROTOCOL, reqid_slot};
 
@@ -220,20 +220,16 @@ impl Datapath for Netlink {
         Ok(objects)
     }
 
-    fn apply(&mut self, kind: Kind, writes: Vec<Write>) -> Vec<Result<(), Refused>> {
-        let each = |writes: Vec<Write>, apply: &mut dyn FnMut(&Op) -> Result<(), WriteError>| {
-            let refused = |error| Refused { error, secret: None };
-            writes.iter().map(|write| apply(&write.op).map_err(refused)).collect()
-        };
+    fn apply(&mut self, kind: Kind, writes: &mut [Write]) -> Vec<Result<(), WriteError>> {
         match kind {
-            Kind::Sysctl => each(writes, &mut |op| self.apply_sysctl(op)),
-            Kind::Firewall => each(writes, &mut |op| self.apply_firewall(op)),
-            Kind::Link => each(writes, &mut |op| self.apply_link(op)),
-            Kind::Address => each(writes, &mut |op| link::apply_address(&mut self.route, &self.known, op)),
-            Kind::GuardRoute | Kind::Route => route::apply(&mut self.route, &self.known, &ops(writes)),
-            Kind::Neighbour | Kind::Fdb => neighbour::apply(&mut self.route, &self.known, &ops(writes)),
-            Kind::Guard | Kind::Policy => ipsec::apply_policies(&mut self.xfrm, &ops(writes)),
-            Kind::HashThreshold => ipsec::apply_thresholds(&mut self.xfrm, &ops(writes)),
+            Kind::Sysctl => each(writes, |op| self.apply_sysctl(op)),
+            Kind::Firewall => each(writes, |op| self.apply_firewall(op)),
+            Kind::Link => each(writes, |op| self.apply_link(op)),
+            Kind::Address => each(writes, |op| link::apply_address(&mut self.route, &self.known, op)),
+            Kind::GuardRoute | Kind::Route => route::apply(&mut self.route, &self.known, writes),
+            Kind::Neighbour | Kind::Fdb => neighbour::apply(&mut self.route, &self.known, writes),
+            Kind::Guard | Kind::Policy => ipsec::apply_policies(&mut self.xfrm, writes),
+            Kind::HashThreshold => each(writes, |op| ipsec::apply_threshold(&mut self.xfrm, op)),
             Kind::Sa => ipsec::apply_sas(&mut self.xfrm, writes),
         }
     }
@@ -268,8 +264,9 @@ fn may_administrate() -> bool {
     effective.is_none_or(|mask| mask & (1 << CAP_NET_ADMIN) != 0)
 }
 
-fn ops(writes: Vec<Write>) -> Vec<Op> {
-    writes.into_iter().map(|write| write.op).collect()
+/// One operation after the other.
+fn each(writes: &[Write], apply: impl FnMut(&Op) -> Result<(), WriteError>) -> Vec<Result<(), WriteError>> {
+    writes.iter().map(|write| &write.op).map(apply).collect()
 }
 
 /// What became of a write, from what became of its request.

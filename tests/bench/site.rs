@@ -166,16 +166,16 @@ impl Site {
 
     /// One peer's new epoch, its leaving, its coming back under a new key; the site ends as it began.
     pub(crate) fn change(&mut self, mesh: &Mesh, peer: &mut Peer) -> Result<Change> {
-        let before = self.reconciler.actual().len();
+        let before = self.reconciler.actual().count();
         mesh.renew(peer)?;
         let mut rotate = self.appear(mesh, peer)?;
         self.now += DRAIN;
         self.settle(mesh, std::slice::from_ref(peer))?;
         rotate += self.timed(|_| ())?;
         ensure!(
-            self.reconciler.actual().len() == before,
+            self.reconciler.actual().count() == before,
             "the old epoch did not go: {} objects, {before} before",
-            self.reconciler.actual().len()
+            self.reconciler.actual().count()
         );
 
         let (name, now) = (peer.name.clone(), self.now);
@@ -183,13 +183,16 @@ impl Site {
         self.now += SILENT;
         self.settle(mesh, &[])?;
         leave += self.timed(|_| ())?;
-        ensure!(self.reconciler.actual().len() < before, "the peer's objects did not go");
+        ensure!(
+            self.reconciler.actual().count() < before,
+            "the peer's objects did not go"
+        );
 
         mesh.renew(peer)?;
         let join = self.appear(mesh, peer)?;
         self.settle(mesh, std::slice::from_ref(peer))?;
         self.timed(|_| ())?;
-        ensure!(self.reconciler.actual().len() == before, "the peer did not come back");
+        ensure!(self.reconciler.actual().count() == before, "the peer did not come back");
         let packets = self.send(peer)?;
         Ok(Change {
             rotate,

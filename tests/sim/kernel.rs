@@ -8,9 +8,7 @@ use std::collections::{BTreeMap, BTreeSet};
 use std::net::IpAddr;
 use std::rc::Rc;
 
-use ringmail::kernel::{
-    Counters, Datapath, Event, Key, Kind, Look, Object, Objects, Op, Refused, Route, Write, WriteError,
-};
+use ringmail::kernel::{Counters, Datapath, Event, Key, Kind, Look, Object, Objects, Op, Write, WriteError};
 use xfrm::{KernelError, PolicyId, SaId};
 
 use super::packet::Scene;
@@ -164,8 +162,9 @@ impl SimKernel {
         });
     }
 
-    fn one(&mut self, write: Write) -> Result<(), Refused> {
+    fn one(&mut self, write: &mut Write) -> Result<(), WriteError> {
         let Write { op, secret } = write;
+        let op = &*op;
         let (result, watch) = {
             let mut machine = self.machine.borrow_mut();
             machine.scene.take();
@@ -174,18 +173,18 @@ impl SimKernel {
                 .faults
                 .remove(&number)
                 .or_else(|| machine.cursed.get(op.key()).copied())
-                .filter(|fault| *fault != Fault::RefusedDone || machine.sends(&op));
+                .filter(|fault| *fault != Fault::RefusedDone || machine.sends(op));
             machine.log.push((op.clone(), fault));
             let done = match fault {
-                None => machine.carry_out(&op, secret.as_ref()),
+                None => machine.carry_out(op, secret.as_ref()),
                 Some(Fault::LostDone) => machine
-                    .carry_out(&op, secret.as_ref())
+                    .carry_out(op, secret.as_ref())
                     .and_then(|()| Err(WriteError::Unknown { op: op.to_string() })),
                 Some(Fault::Lost) => Err(WriteError::Unknown { op: op.to_string() }),
-                Some(Fault::Refused) => Err(refused(&op, nix::libc::ENOMEM)),
-                Some(Fault::RefusedDone) => machine.carry_out(&op, secret.as_ref()).and_then(|()| {
+                Some(Fault::Refused) => Err(refused(op, nix::libc::ENOMEM)),
+                Some(Fault::RefusedDone) => machine.carry_out(op, secret.as_ref()).and_then(|()| {
                     machine.take(op.key());
-                    Err(refused(&op, nix::libc::ENOMEM))
+                    Err(refused(op, nix::libc::ENOMEM))
                 }),
                 Some(Fault::Failed) => Err(WriteError::Failed {
                     op: op.to_string(),
@@ -198,15 +197,13 @@ impl SimKernel {
             self.wrote.insert(op.key().clone());
         }
         if let Some(watch) = watch {
-            watch(&op);
+            watch(op);
         }
-        result.map_err(|error| {
-            let unused = matches!(error, WriteError::Refused { .. } | WriteError::Foreign { .. });
-            Refused {
-                error,
-                secret: secret.filter(|_| unused),
-            }
-        })
+        let unused = matches!(result, Err(WriteError::Refused { .. } | WriteError::Foreign { .. }));
+        if !unused {
+            *secret = None;
+        }
+        result
     }
 }
 
@@ -268,17 +265,14 @@ impl Machine {
             Op::Make(key, object) | Op::Change(key, object) => {
                 match (key, object) {
                     (Key::Address(link, _), _) if !self.has_link(link) => return Err(refused(op, nix::libc::ENODEV)),
-                    (Key::Route(_), Object::Route(Route { link, .. })) if !self.has_link(link) => {
+                    (Key::Route(_), Object::Route(route)) if !self.has_link(&route.link) => {
                         return Err(refused(op, nix::libc::ENODEV));
                     }
-                    (
-                        Key::Route(_),
-                        Object::Route(Route {
-                            link,
-                            source: Some(source),
-                            ..
-                        }),
-                    ) if !self.objects.contains_key(&Key::Address(link.clone(), *source)) => {
+                    (Key::Route(_), Object::Route(route))
+                        if route.source.is_some_and(|source| {
+                            !self.objects.contains_key(&Key::Address(route.link.clone(), source))
+                        }) =>
+                    {
                         return Err(refused(op, nix::libc::EINVAL));
                     }
                     (Key::Policy(id) | Key::Guard(_, id), _) => self.vacate(id),
@@ -334,7 +328,7 @@ impl Machine {
             Key::Link(link) => {
                 let with = |key: &Key, object: &Object| match (key, object) {
                     (Key::Address(on, _), _) => on == link,
-                    (Key::Route(_), Object::Route(Route { link: on, .. })) => on == link,
+                    (Key::Route(_), Object::Route(route)) => route.link == *link,
                     _ => false,
                 };
                 gone.extend(self.objects.iter().filter(|(k, o)| with(k, o)).map(|(k, _)| k.clone()));
@@ -371,12 +365,12 @@ impl Datapath for SimKernel {
         Ok(all.map(|(key, object)| (key.clone(), object.clone())).collect())
     }
 
-    fn apply(&mut self, kind: Kind, writes: Vec<Write>) -> Vec<Result<(), Refused>> {
+    fn apply(&mut self, kind: Kind, writes: &mut [Write]) -> Vec<Result<(), WriteError>> {
         assert!(
             writes.iter().all(|write| write.op.key().kind() == kind),
             "a batch is of one kind"
         );
-        writes.into_iter().map(|write| self.one(write)).collect()
+        writes.iter_mut().map(|write| self.one(write)).collect()
     }
 
     fn filter_stands(&mut self, _: Look) -> bool {

@@ -4,7 +4,7 @@
 //! hand: allocate the new, copy, wipe the old. It is wiped once more when it is dropped.
 
 use netlink_packet_core::Emitable;
-use zeroize::Zeroizing;
+use zeroize::{Zeroize as _, Zeroizing};
 
 /// `NLM_F_REQUEST`: every request carries it.
 const NLM_F_REQUEST: u16 = 0x01;
@@ -41,11 +41,21 @@ impl Batch {
         Self::default()
     }
 
-    /// A batch without requests, with room for `bytes` of them: what grows is copied, and wiped where it was.
-    pub fn with_room(bytes: usize) -> Self {
-        let mut batch = Self::default();
-        batch.buffer.make_room(bytes);
-        batch
+    /// Makes room for `bytes` more of requests at once: what grows is copied, and wiped where it was.
+    pub fn make_room(&mut self, bytes: usize) {
+        self.buffer.make_room(bytes);
+    }
+
+    /// The batch without its requests, wiped; it keeps the room that they had.
+    pub(crate) fn emptied(mut self) -> Self {
+        self.requests.clear();
+        self.buffer.empty();
+        self
+    }
+
+    /// For how many bytes it has room.
+    pub(crate) fn room(&self) -> usize {
+        self.buffer.0.capacity()
     }
 
     /// Appends a request of type `kind`; `flags` are those of the type (`NLM_F_CREATE` and so on), the ones that make it
@@ -228,6 +238,10 @@ impl Buffer {
         self.make_room(count);
         let length = self.0.len() + count;
         self.0.resize(length, 0);
+    }
+
+    fn empty(&mut self) {
+        self.0.zeroize();
     }
 
     fn put(&mut self, at: usize, bytes: &[u8]) {

@@ -32,6 +32,8 @@ const RECEIVE_QUEUE: usize = 4 << 20;
 const SEND_QUEUE: usize = 2 << 20;
 /// The longest datagram: a dump fills at most 32 KiB at a time, a single object may be longer.
 const RECEIVE_BUFFER: usize = 128 << 10;
+/// The largest batch whose memory is kept for the next, bytes: room for the SAs of a send.
+const SPARE: usize = 128 << 10;
 /// How often an interrupted dump is started anew.
 const DUMP_ATTEMPTS: u32 = 10;
 
@@ -77,6 +79,8 @@ pub struct Connection {
     port: u32,
     sequence: u32,
     buffer: ReceiveBuffer,
+    /// The last batch, empty: its memory is there already.
+    spare: Batch,
 }
 
 impl Connection {
@@ -116,12 +120,20 @@ impl Connection {
             port,
             sequence: 0,
             buffer: ReceiveBuffer::new(),
+            spare: Batch::new(),
         })
     }
 
     /// This socket's port. Notifications that carry it tell of our own changes.
     pub fn port(&self) -> u32 {
         self.port
+    }
+
+    /// A batch without requests, with room for `bytes` of them, in the memory of the last one.
+    pub fn batch(&mut self, bytes: usize) -> Batch {
+        let mut batch = std::mem::take(&mut self.spare);
+        batch.make_room(bytes);
+        batch
     }
 
     /// Sends the requests, at most [`REQUESTS_PER_SEND`] at a time, and gives each its result, in order.
@@ -137,6 +149,9 @@ impl Connection {
                 Ok(sequence) => results.extend(self.collect(&batch, first, end, sequence, Patience::Timeout)),
                 Err(error) => results.extend((first..end).map(|_| Err(error.clone()))),
             }
+        }
+        if batch.room() <= SPARE {
+            self.spare = batch.emptied();
         }
         results
     }

@@ -44,6 +44,11 @@ impl Xfrm {
         self.0.port()
     }
 
+    /// An empty batch; see [`Connection::batch`].
+    pub fn batch(&mut self, bytes: usize) -> Batch {
+        self.0.batch(bytes)
+    }
+
     /// Carries out the requests; see [`Connection::execute`].
     pub fn execute(&mut self, batch: Batch) -> Vec<Result<(), Error>> {
         self.0.execute(batch)

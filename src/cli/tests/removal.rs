@@ -12,22 +12,19 @@ impl crate::kernel::Datapath for Stubborn {
     fn dump(&mut self) -> Result<Objects, WriteError> {
         Ok(Objects::new())
     }
-    fn apply(&mut self, kind: Kind, writes: Vec<Write>) -> Vec<Result<(), Refused>> {
+    fn apply(&mut self, kind: Kind, writes: &mut [Write]) -> Vec<Result<(), WriteError>> {
         let refused = self.refuses == Some(kind);
-        let result = |write: Write| match write.op {
-            Op::Break(_) if refused => Err(Refused {
-                error: WriteError::Unknown {
-                    op: write.op.to_string(),
-                },
-                secret: None,
+        let result = |write: &mut Write| match &write.op {
+            Op::Break(_) if refused => Err(WriteError::Unknown {
+                op: write.op.to_string(),
             }),
             Op::Break(key) => {
-                self.broken.push(key);
+                self.broken.push(key.clone());
                 Ok(())
             }
             other => panic!("cleanup only breaks: {other}"),
         };
-        writes.into_iter().map(result).collect()
+        writes.iter_mut().map(result).collect()
     }
     fn filter_stands(&mut self, _: Look) -> bool {
         true
@@ -127,14 +124,14 @@ fn cleanup_leaves_nothing_of_ours_and_all_that_is_not() {
                 id.selector.ifindex = index;
                 policy.id = *id;
             }
-            let write = Write {
+            let mut write = [Write {
                 op: Op::Make(key.clone(), object),
                 secret: None,
-            };
+            }];
             kernel
-                .apply(key.kind(), vec![write])
+                .apply(key.kind(), &mut write)
                 .remove(0)
-                .unwrap_or_else(|refused| panic!("{key}: {}", refused.error));
+                .unwrap_or_else(|error| panic!("{key}: {error}"));
             made += 1;
         }
         drop(kernel);

@@ -7,7 +7,7 @@ use xfrm::{Batch, Family, ForeignPolicy, ForeignSa, HashThreshold, Parsed, Polic
 use zeroize::Zeroizing;
 
 use super::{gone_is_done, misfit, outcome, unread};
-use crate::kernel::{Counters, Guard, Key, Object, Objects, Op, Refused, Write, WriteError, priority, reqid_slot};
+use crate::kernel::{Counters, Guard, Key, Object, Objects, Op, Write, WriteError, priority, reqid_slot};
 
 /// Bytes of a request for an SA with its key, and for a policy with its template, at most.
 const SA_REQUEST: usize = 512;
@@ -59,25 +59,21 @@ fn thresholds(xfrm: &mut Xfrm, objects: &mut Objects) -> Result<(), WriteError> 
     Ok(())
 }
 
-/// Carries operations on policy hash thresholds out; breaking one sets the kernel's own again.
-pub(super) fn apply_thresholds(xfrm: &mut Xfrm, ops: &[Op]) -> Vec<Result<(), Refused>> {
-    let one = |op: &Op| {
-        let (family, threshold) = match op {
-            Op::Make(Key::HashThreshold(family), Object::HashThreshold { remote })
-            | Op::Change(Key::HashThreshold(family), Object::HashThreshold { remote }) => {
-                let (local, remote) = (0, *remote);
-                (*family, HashThreshold { local, remote })
-            }
-            Op::Break(Key::HashThreshold(family)) => (*family, HashThreshold::standard(*family)),
-            Op::Make(..) | Op::Change(..) | Op::Break(_) => return Err(misfit(op)),
-        };
-        let mut batch = Batch::new();
-        batch.set_hash_threshold(family, threshold);
-        let result = xfrm.execute(batch).into_iter().collect::<Result<Vec<()>, _>>();
-        result.map(drop).map_err(|error| outcome(op, error))
+/// Carries one operation on a policy hash threshold out; breaking one sets the kernel's own again.
+pub(super) fn apply_threshold(xfrm: &mut Xfrm, op: &Op) -> Result<(), WriteError> {
+    let (family, threshold) = match op {
+        Op::Make(Key::HashThreshold(family), Object::HashThreshold { remote })
+        | Op::Change(Key::HashThreshold(family), Object::HashThreshold { remote }) => {
+            let (local, remote) = (0, *remote);
+            (*family, HashThreshold { local, remote })
+        }
+        Op::Break(Key::HashThreshold(family)) => (*family, HashThreshold::standard(*family)),
+        Op::Make(..) | Op::Change(..) | Op::Break(_) => return Err(misfit(op)),
     };
-    let refused = |error| Refused { error, secret: None };
-    ops.iter().map(one).map(|result| result.map_err(refused)).collect()
+    let mut batch = Batch::new();
+    batch.set_hash_threshold(family, threshold);
+    let result = xfrm.execute(batch).into_iter().collect::<Result<Vec<()>, _>>();
+    result.map(drop).map_err(|error| outcome(op, error))
 }
 
 /// What our SAs have carried. `used` is the first use where the kernel tells no later one.
@@ -107,12 +103,12 @@ fn policies(xfrm: &mut Xfrm) -> Result<Vec<Parsed<Policy, ForeignPolicy>>, Write
 }
 
 /// Carries operations on SAs out, in one exchange; one result each. A made SA's key is wiped when it is in the kernel,
-/// and comes back if the kernel refused it, unless the answer was lost.
+/// and stays in its write if the kernel refused it, unless the answer was lost.
 ///
 /// A change with a key removes the SA and makes it anew: if the making is refused, nothing is left. A change without a
 /// key changes limits and ports; the key stays (the kernel takes no other for an SA that exists).
-pub(super) fn apply_sas(xfrm: &mut Xfrm, writes: Vec<Write>) -> Vec<Result<(), Refused>> {
-    let mut batch = Batch::with_room(writes.len() * SA_REQUEST);
+pub(super) fn apply_sas(xfrm: &mut Xfrm, writes: &mut [Write]) -> Vec<Result<(), WriteError>> {
+    let mut batch = xfrm.batch(writes.len() * SA_REQUEST);
     // What each request is of; the last request of an operation tells what became of it.
     let mut requests = Vec::with_capacity(writes.len());
     let mut results: Vec<Result<(), WriteError>> = Vec::with_capacity(writes.len());
@@ -135,20 +131,15 @@ pub(super) fn apply_sas(xfrm: &mut Xfrm, writes: Vec<Write>) -> Vec<Result<(), R
         results[index] = result.map_err(|error| outcome(op, error));
     }
     if !taken.is_empty() {
-        look_at_taken(xfrm, &writes, &taken, &mut results);
+        look_at_taken(xfrm, writes, &taken, &mut results);
     }
-    let refused = |(write, error): (Write, WriteError)| {
-        let unused = matches!(error, WriteError::Refused { .. } | WriteError::Foreign { .. });
-        Refused {
-            error,
-            secret: write.secret.filter(|_| unused),
+    for (write, result) in writes.iter_mut().zip(&results) {
+        let unused = matches!(result, Err(WriteError::Refused { .. } | WriteError::Foreign { .. }));
+        if !unused {
+            write.secret = None;
         }
-    };
-    writes
-        .into_iter()
-        .zip(results)
-        .map(|(write, result)| result.map_err(|error| refused((write, error))))
-        .collect()
+    }
+    results
 }
 
 /// Appends the requests of one operation.
@@ -267,11 +258,11 @@ fn look_at_taken(xfrm: &mut Xfrm, writes: &[Write], taken: &[usize], results: &m
 /// Carries operations on policies out, in one exchange; one result each.
 ///
 /// A place that is taken by one of ours is written over in one step; someone else's policy is named and left.
-pub(super) fn apply_policies(xfrm: &mut Xfrm, ops: &[Op]) -> Vec<Result<(), Refused>> {
-    let mut batch = Batch::with_room(ops.len() * POLICY_REQUEST);
-    let mut requests = Vec::with_capacity(ops.len());
-    let mut results: Vec<Result<(), WriteError>> = Vec::with_capacity(ops.len());
-    for (index, op) in ops.iter().enumerate() {
+pub(super) fn apply_policies(xfrm: &mut Xfrm, writes: &[Write]) -> Vec<Result<(), WriteError>> {
+    let mut batch = xfrm.batch(writes.len() * POLICY_REQUEST);
+    let mut requests = Vec::with_capacity(writes.len());
+    let mut results: Vec<Result<(), WriteError>> = Vec::with_capacity(writes.len());
+    for (index, Write { op, .. }) in writes.iter().enumerate() {
         let result = match op {
             Op::Make(Key::Policy(_) | Key::Guard(..), Object::Policy(policy)) => {
                 batch.add_policy(policy);
@@ -294,7 +285,7 @@ pub(super) fn apply_policies(xfrm: &mut Xfrm, ops: &[Op]) -> Vec<Result<(), Refu
     }
     let mut taken = Vec::new();
     for (index, result) in requests.into_iter().zip(xfrm.execute(batch)) {
-        let op = &ops[index];
+        let op = &writes[index].op;
         let result = if matches!(op, Op::Break(_)) {
             gone_is_done(result)
         } else {
@@ -306,14 +297,13 @@ pub(super) fn apply_policies(xfrm: &mut Xfrm, ops: &[Op]) -> Vec<Result<(), Refu
         results[index] = result.map_err(|error| outcome(op, error));
     }
     if !taken.is_empty() {
-        write_over_ours(xfrm, ops, &taken, &mut results);
+        write_over_ours(xfrm, writes, &taken, &mut results);
     }
-    let refused = |error| Refused { error, secret: None };
-    results.into_iter().map(|result| result.map_err(refused)).collect()
+    results
 }
 
 /// Second try for policies whose place is taken: replaces ours, names someone else's.
-fn write_over_ours(xfrm: &mut Xfrm, ops: &[Op], taken: &[usize], results: &mut [Result<(), WriteError>]) {
+fn write_over_ours(xfrm: &mut Xfrm, writes: &[Write], taken: &[usize], results: &mut [Result<(), WriteError>]) {
     let Ok(found) = policies(xfrm) else { return };
     let mut theirs: BTreeMap<PolicyId, String> = BTreeMap::new();
     for parsed in found {
@@ -336,13 +326,13 @@ fn write_over_ours(xfrm: &mut Xfrm, ops: &[Op], taken: &[usize], results: &mut [
     let mut batch = Batch::new();
     let mut again = Vec::new();
     for &index in taken {
-        let (Op::Make(_, Object::Policy(policy)) | Op::Change(_, Object::Policy(policy))) = &ops[index] else {
+        let (Op::Make(_, Object::Policy(policy)) | Op::Change(_, Object::Policy(policy))) = &writes[index].op else {
             continue;
         };
         match theirs.get(&policy.id) {
             Some(found) => {
                 let remedy = format!("ip xfrm policy delete {}", policy.id);
-                let (op, found) = (ops[index].to_string(), found.clone());
+                let (op, found) = (writes[index].op.to_string(), found.clone());
                 results[index] = Err(WriteError::Foreign { op, found, remedy });
             }
             None => {
@@ -352,7 +342,7 @@ fn write_over_ours(xfrm: &mut Xfrm, ops: &[Op], taken: &[usize], results: &mut [
         }
     }
     for (index, result) in again.into_iter().zip(xfrm.execute(batch)) {
-        results[index] = result.map_err(|error| outcome(&ops[index], error));
+        results[index] = result.map_err(|error| outcome(&writes[index].op, error));
     }
 }
 

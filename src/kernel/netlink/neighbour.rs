@@ -14,7 +14,7 @@ use super::link::{self, Known};
 use super::message::{AF_INET, AF_INET6, NLM_F_CREATE, NLM_F_REPLACE, family, ip, number, octets};
 use super::{gone_is_done, kernel_error, misfit, outcome, unread};
 use crate::kernel::device::Mac;
-use crate::kernel::{Key, Object, Objects, Op, Refused, WriteError};
+use crate::kernel::{Key, Object, Objects, Op, Write, WriteError};
 
 /// `AF_BRIDGE`: a forwarding entry.
 const AF_BRIDGE: u8 = 7;
@@ -164,11 +164,14 @@ pub(super) fn dump(
 }
 
 /// Carries operations on neighbours or forwarding entries out; one result each.
-pub(super) fn apply(connection: &mut Connection, known: &RefCell<Known>, ops: &[Op]) -> Vec<Result<(), Refused>> {
-    let refused = |error| Refused { error, secret: None };
+pub(super) fn apply(
+    connection: &mut Connection,
+    known: &RefCell<Known>,
+    writes: &[Write],
+) -> Vec<Result<(), WriteError>> {
     let mut batch = Batch::new();
     let mut sent: Vec<Result<Option<Entry>, WriteError>> = Vec::new();
-    for op in ops {
+    for Write { op, .. } in writes {
         let entry = wanted(op, &known.borrow());
         if let Ok(Some(entry)) = &entry {
             match op {
@@ -184,8 +187,8 @@ pub(super) fn apply(connection: &mut Connection, known: &RefCell<Known>, ops: &[
         sent.push(entry);
     }
     let mut results = connection.execute(batch).into_iter();
-    let each = ops.iter().zip(sent).map(|(op, entry)| {
-        let Some(entry) = entry.map_err(refused)? else {
+    let each = writes.iter().zip(sent).map(|(Write { op, .. }, entry)| {
+        let Some(entry) = entry? else {
             return Ok(());
         };
         let result = results.next().unwrap_or(Err(xfrm::Error::Unknown));
@@ -201,7 +204,7 @@ pub(super) fn apply(connection: &mut Connection, known: &RefCell<Known>, ops: &[
                 result
             }
         }
-        .map_err(|error| refused(outcome(op, error)))
+        .map_err(|error| outcome(op, error))
     });
     each.collect()
 }

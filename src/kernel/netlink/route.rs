@@ -11,7 +11,7 @@ use xfrm::{Batch, Connection};
 use super::link::Known;
 use super::message::{AF_INET6, FAMILIES, NLM_F_CREATE, NLM_F_EXCL, NLM_F_REPLACE, Route, family, route_filter};
 use super::{gone_is_done, kernel_error, misfit, outcome, unread};
-use crate::kernel::{self, Key, Object, Objects, Op, ROUTE_PROTOCOL, Refused, Via, WriteError};
+use crate::kernel::{self, Key, Object, Objects, Op, ROUTE_PROTOCOL, Via, Write, WriteError};
 
 /// Whether a route is ours: by its mark, or because it leads into a tunnel of ours (flannel's, in a node that was its).
 pub(super) fn belongs(route: &Route, known: &Known) -> bool {
@@ -66,19 +66,23 @@ pub(super) fn object(route: &Route, name: impl FnMut(u32) -> String) -> (Key, Ob
         source: route.source,
         mtu: route.mtu,
     };
-    (Key::Route(route.net), Object::Route(object))
+    (Key::Route(route.net), Object::Route(Box::new(object)))
 }
 
 /// Carries operations on routes out; one result each.
 ///
 /// A place that is taken is looked at: a route of ours is replaced, someone else's is named and left.
-pub(super) fn apply(connection: &mut Connection, known: &RefCell<Known>, ops: &[Op]) -> Vec<Result<(), Refused>> {
+pub(super) fn apply(
+    connection: &mut Connection,
+    known: &RefCell<Known>,
+    writes: &[Write],
+) -> Vec<Result<(), WriteError>> {
     let known = &mut *known.borrow_mut();
-    let mut results: Vec<Option<Result<(), WriteError>>> = ops.iter().map(|_| None).collect();
+    let mut results: Vec<Option<Result<(), WriteError>>> = writes.iter().map(|_| None).collect();
     let mut links = BTreeMap::new();
     let mut first = Round::default();
     let mut occupied = Vec::new();
-    for (index, op) in ops.iter().enumerate() {
+    for (index, Write { op, .. }) in writes.iter().enumerate() {
         match (op, wanted(op, &mut links)) {
             (_, Err(error)) => results[index] = Some(Err(error)),
             (Op::Break(_), Ok(route)) => first.remove(index, &route, known),
@@ -95,11 +99,11 @@ pub(super) fn apply(connection: &mut Connection, known: &RefCell<Known>, ops: &[
     }
     for (index, result) in first.execute(connection) {
         match result {
-            Err(error) if error.exists() => match wanted(&ops[index], &mut links) {
+            Err(error) if error.exists() => match wanted(&writes[index].op, &mut links) {
                 Ok(route) => occupied.push((index, route)),
                 Err(error) => results[index] = Some(Err(error)),
             },
-            other => results[index] = Some(other.map_err(|error| outcome(&ops[index], error))),
+            other => results[index] = Some(other.map_err(|error| outcome(&writes[index].op, error))),
         }
     }
     let mut second = Round::default();
@@ -108,7 +112,7 @@ pub(super) fn apply(connection: &mut Connection, known: &RefCell<Known>, ops: &[
             let why = super::chain(&error);
             for (index, _) in occupied {
                 results[index] = Some(Err(WriteError::Failed {
-                    op: ops[index].to_string(),
+                    op: writes[index].op.to_string(),
                     why: why.clone(),
                 }));
             }
@@ -129,19 +133,18 @@ pub(super) fn apply(connection: &mut Connection, known: &RefCell<Known>, ops: &[
                     NLM_F_CREATE | NLM_F_EXCL
                 };
                 match there.iter().find(|there| there.is_in_the_way() && !ours(there)) {
-                    Some(theirs) => results[index] = Some(Err(foreign(&ops[index], theirs))),
+                    Some(theirs) => results[index] = Some(Err(foreign(&writes[index].op, theirs))),
                     None => second.make(index, &route, flags),
                 }
             }
         }
     }
     for (index, result) in second.execute(connection) {
-        results[index] = Some(result.map_err(|error| outcome(&ops[index], error)));
+        results[index] = Some(result.map_err(|error| outcome(&writes[index].op, error)));
     }
-    let refused = |error| Refused { error, secret: None };
     results
         .into_iter()
-        .map(|result| result.expect("every operation has gone one way").map_err(refused))
+        .map(|result| result.expect("every operation has gone one way"))
         .collect()
 }
 
@@ -204,7 +207,7 @@ fn wanted(op: &Op, links: &mut BTreeMap<String, Option<u32>>) -> Result<Route, W
             Ok(Route::ours(*net, libc::RTN_BLACKHOLE))
         }
         Op::Make(Key::Route(net), Object::Route(route)) | Op::Change(Key::Route(net), Object::Route(route)) => {
-            let kernel::Route { link, via, source, mtu } = route;
+            let kernel::Route { link, via, source, mtu } = &**route;
             let index = *links
                 .entry(link.clone())
                 .or_insert_with(|| if_nametoindex(link.as_str()).ok());

@@ -42,8 +42,7 @@ impl Node {
 
     /// One pass without a dump.
     fn mend(&mut self) {
-        let owned = self.actual.keys().cloned().collect();
-        let ops = diff(&self.desired, &owned, &self.actual);
+        let ops = diff(self.desired.clone(), self.actual.keys(), |key| self.actual.get(key));
         must(&mut self.netlink, ops, &self.keys);
         self.actual = as_dumped(&self.desired);
     }
@@ -158,7 +157,7 @@ fn whatever_of_ours_is_changed_by_hand_is_told_and_can_be_mended_from_what_is_to
                 !events.is_empty() && !events.contains(&Event::Overrun),
                 "{arguments}: {events:?}"
             );
-            let ops = diff(&node.desired, &node.actual.keys().cloned().collect(), &node.actual);
+            let ops = diff(node.desired.clone(), node.actual.keys(), |key| node.actual.get(key));
             assert!(!ops.is_empty(), "{arguments}: {events:?} leave nothing to do");
             node.mend();
             assert_same(&node.netlink.dump().expect("dump"), &node.desired);
@@ -198,9 +197,7 @@ fn a_route_or_policy_that_someone_puts_in_the_place_of_ours_is_told_as_ours_gone
             ip(arguments);
             assert!(node.hear().contains(&Event::Gone(key.clone())), "{arguments}");
             let object = node.desired[key].clone();
-            let error = one(&mut node.netlink, Op::Make(key.clone(), object))
-                .expect_err("in the way")
-                .error;
+            let error = one(&mut node.netlink, Op::Make(key.clone(), object)).expect_err("in the way");
             assert!(matches!(error, WriteError::Foreign { .. }), "{error:?}");
         }
     });

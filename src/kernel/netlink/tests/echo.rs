@@ -7,12 +7,16 @@ use xfrm::{Connection, Monitor, Protocol, Xfrm};
 
 use super::super::{echo, ipsec, route};
 use super::{in_namespace, net};
-use crate::kernel::{Guard, Key, Object, Op};
+use crate::kernel::{Guard, Key, Object, Op, Write};
 
 fn seen(monitor: &mut Monitor) -> Vec<u16> {
     let mut kinds = Vec::new();
     monitor.read(&mut |message| kinds.push(message.kind)).expect("read");
     kinds
+}
+
+fn write(op: Op) -> Write {
+    Write { op, secret: None }
 }
 
 #[test]
@@ -26,17 +30,17 @@ fn routes_of_our_own_are_kept_out_of_the_queue_and_all_else_is_not() {
         echo::silence_routes(&monitor, ours.port());
         let make = |connection: &mut Connection, text: &str| {
             let op = Op::Make(Key::GuardRoute(net(text)), Object::Unreachable);
-            assert!(route::apply(connection, &Default::default(), &[op])[0].is_ok());
+            assert!(route::apply(connection, &Default::default(), &[write(op)])[0].is_ok());
         };
         make(&mut ours, "10.1.0.0/16");
         assert!(seen(&mut monitor).is_empty());
         make(&mut theirs, "10.2.0.0/16");
         assert_eq!(seen(&mut monitor), [libc::RTM_NEWROUTE]);
         let gone = Op::Break(Key::GuardRoute(net("10.1.0.0/16")));
-        assert!(route::apply(&mut theirs, &Default::default(), &[gone])[0].is_ok());
+        assert!(route::apply(&mut theirs, &Default::default(), &[write(gone)])[0].is_ok());
         assert_eq!(seen(&mut monitor), [libc::RTM_DELROUTE]);
         let gone = Op::Break(Key::GuardRoute(net("10.2.0.0/16")));
-        assert!(route::apply(&mut ours, &Default::default(), &[gone])[0].is_ok());
+        assert!(route::apply(&mut ours, &Default::default(), &[write(gone)])[0].is_ok());
         assert!(seen(&mut monitor).is_empty());
         super::ip("link set lo mtu 9000");
         assert_eq!(seen(&mut monitor), [libc::RTM_NEWLINK]);
@@ -52,10 +56,10 @@ fn policies_of_our_own_are_kept_out_of_the_queue_and_others_are_not() {
         let mut events = xfrm::Events::open().expect("listen");
         echo::silence_xfrm(&events, ours.port());
         let objects = super::node();
-        let guards: Vec<Op> = objects
+        let guards: Vec<Write> = objects
             .iter()
             .filter(|(key, _)| matches!(key, Key::Guard(Guard::Block, _)))
-            .map(|(key, object)| Op::Make(key.clone(), object.clone()))
+            .map(|(key, object)| write(Op::Make(key.clone(), object.clone())))
             .collect();
         let (mine, other) = guards.split_at(1);
         let count = Cell::new(0);

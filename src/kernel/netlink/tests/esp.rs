@@ -51,15 +51,12 @@ fn sas_between_ipv6_addresses_and_of_every_cipher_come_back_as_they_were_written
             (sa.src, sa.dst, sa.algorithm) = (addr("2001:db8::1"), addr("2001:db8::2"), aead(cipher));
             let (id, secret) = (sa.id(), key.0.key(cipher, keys::Spi(sa.spi)));
             let object = Object::Sa { sa, born: None };
-            let write = Write {
+            let mut write = Write {
                 op: Op::Make(Key::Sa(id), object.clone()),
                 secret: Some(secret),
             };
-            netlink
-                .apply(Kind::Sa, vec![write])
-                .pop()
-                .expect("a result")
-                .expect("made");
+            carry(&mut netlink, &mut write).expect("made");
+            assert!(write.secret.is_none(), "its key is used");
             assert_eq!(netlink.dump().expect("dump").get(&Key::Sa(id)), Some(&object));
         }
         assert_eq!(
@@ -106,7 +103,7 @@ fn an_sa_can_be_changed_with_a_key_to_another_generation_and_without_one_in_its_
         ip("xfrm state flush");
         for op in changes(&desired) {
             let refused = one(&mut netlink, op).expect_err("there is none");
-            assert!(matches!(refused.error, WriteError::Refused { source, .. } if source.is_gone()));
+            assert!(matches!(refused, WriteError::Refused { source, .. } if source.is_gone()));
         }
         assert_eq!(ip("xfrm state"), "", "no SA comes to be with a key that nobody has");
     });
@@ -134,24 +131,14 @@ fn a_refused_key_comes_back_and_a_foreign_sa_is_named_and_left() {
             secret: Some(keys.of(id.spi)),
         };
 
-        netlink
-            .apply(Kind::Sa, vec![make()])
-            .pop()
-            .expect("a result")
-            .expect("made");
-        let refused = netlink
-            .apply(Kind::Sa, vec![make()])
-            .pop()
-            .expect("a result")
-            .expect_err("it is there");
+        carry(&mut netlink, &mut make()).expect("made");
+        let mut again = make();
+        let refused = carry(&mut netlink, &mut again).expect_err("it is there");
         assert!(
-            matches!(refused.error, WriteError::Refused { ref source, .. } if source.exists()),
+            matches!(refused, WriteError::Refused { ref source, .. } if source.exists()),
             "{refused:?}"
         );
-        assert_eq!(
-            refused.secret.expect("never used").as_bytes(),
-            keys.of(id.spi).as_bytes()
-        );
+        assert_eq!(again.secret.expect("never used").as_bytes(), keys.of(id.spi).as_bytes());
         one(&mut netlink, Op::Break(key.clone())).expect("ours");
 
         for body in [
@@ -162,19 +149,13 @@ fn a_refused_key_comes_back_and_a_foreign_sa_is_named_and_left() {
             ip(&format!("xfrm state add {whose} {body}"));
             let before = ip("xfrm state");
             assert_same(&netlink.dump().expect("dump"), &Objects::new());
-            let refused = netlink
-                .apply(Kind::Sa, vec![make()])
-                .pop()
-                .expect("a result")
-                .expect_err("in the way");
-            let WriteError::Foreign { found, remedy, .. } = &refused.error else {
+            let mut write = make();
+            let refused = carry(&mut netlink, &mut write).expect_err("in the way");
+            let WriteError::Foreign { found, remedy, .. } = &refused else {
                 panic!("{refused:?}")
             };
             assert!(found.contains("reqid 7") && found.contains(&id.to_string()), "{found}");
-            assert_eq!(
-                refused.secret.expect("never used").as_bytes(),
-                keys.of(id.spi).as_bytes()
-            );
+            assert_eq!(write.secret.expect("never used").as_bytes(), keys.of(id.spi).as_bytes());
             assert_eq!(ip("xfrm state"), before);
             ip(remedy.strip_prefix("ip ").expect("a command of ip"));
         }
@@ -184,30 +165,22 @@ fn a_refused_key_comes_back_and_a_foreign_sa_is_named_and_left() {
             panic!("an SA")
         };
         sa.algorithm.name = "rfc4106(gcm(none))".into();
-        let write = Write {
+        let mut write = Write {
             op: Op::Make(key.clone(), unknown),
             secret: Some(keys.of(id.spi)),
         };
-        let refused = netlink
-            .apply(Kind::Sa, vec![write])
-            .pop()
-            .expect("a result")
-            .expect_err("no such cipher");
-        assert!(chain(&refused.error).contains("ENOSYS"), "{}", chain(&refused.error));
-        assert!(refused.secret.is_some());
+        let refused = carry(&mut netlink, &mut write).expect_err("no such cipher");
+        assert!(chain(&refused).contains("ENOSYS"), "{}", chain(&refused));
+        assert!(write.secret.is_some());
         assert!(!format!("{refused:?}").contains("0001"), "no key in a message");
 
         let bare = one(&mut netlink, Op::Make(key.clone(), object.clone())).expect_err("without a key");
-        assert!(matches!(bare.error, WriteError::Failed { .. }));
-        let wrong = Write {
+        assert!(matches!(bare, WriteError::Failed { .. }));
+        let mut wrong = Write {
             op: Op::Make(key.clone(), object.clone()),
             secret: Some(keys.of(id.spi + 1)),
         };
-        netlink
-            .apply(Kind::Sa, vec![wrong])
-            .pop()
-            .expect("a result")
-            .expect_err("another SA's key");
+        carry(&mut netlink, &mut wrong).expect_err("another SA's key");
         assert_eq!(ip("xfrm state"), "");
     });
 }
@@ -522,11 +495,7 @@ fn the_kernel_says(cipher: keys::Cipher, v6: bool, encap: bool) {
     must(&mut netlink, make(&desired), &keys);
     let secret = Some(keys.0.key(cipher, keys::Spi(sa.spi)));
     let op = Op::Make(Key::Sa(sa.id()), Object::Sa { sa, born });
-    netlink
-        .apply(Kind::Sa, vec![Write { op, secret }])
-        .pop()
-        .expect("a result")
-        .expect("made");
+    carry(&mut netlink, &mut Write { op, secret }).expect("made");
     // Each remainder of the padding.
     for outer in 1400..1404 {
         ip(&format!("link set up0 mtu {outer}"));
@@ -561,9 +530,9 @@ fn a_thousand_peers_are_written_read_and_removed() {
             }
         }
         let begun = Instant::now();
-        for (kind, run) in runs {
+        for (kind, mut run) in runs {
             let (count, begun) = (run.len(), Instant::now());
-            assert!(netlink.apply(kind, run).iter().all(Result::is_ok), "{kind:?}");
+            assert!(netlink.apply(kind, &mut run).iter().all(Result::is_ok), "{kind:?}");
             println!("make {count} {kind:?}: {:?}", begun.elapsed());
         }
         println!("make {} objects of 1,000 peers: {:?}", desired.len(), begun.elapsed());
