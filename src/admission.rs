@@ -17,6 +17,7 @@ use keys::{EncapMode, Encoded, Kid, Psk, PublicKey, Slot, Statement, Tag};
 use serde::{Deserialize, Serialize};
 
 use crate::lease::{BackendData, Lease, Network, NoSlot, NodeName};
+use crate::packed::pack;
 
 /// What an ipsec lease carries in its `BackendData`.
 #[derive(Debug, Deserialize, Serialize)]
@@ -300,6 +301,12 @@ impl Claims {
         }
         touched.remove(node);
         touched
+    }
+
+    /// Gives up the room that many changes left empty.
+    pub fn pack(&mut self) {
+        pack(&mut self.by_node);
+        pack(&mut self.by_claim);
     }
 
     /// The nodes that would be in conflict with `statement`.

@@ -61,7 +61,7 @@ pub fn reqid_slot(reqid: u32) -> Option<keys::Slot> {
 }
 
 /// Which guard policy; in the order of making, so that nothing is open or shut wrongly in between.
-#[derive(Clone, Copy, Debug, Eq, Ord, PartialEq, PartialOrd)]
+#[derive(Clone, Copy, Debug, Eq, Hash, Ord, PartialEq, PartialOrd)]
 pub enum Guard {
     /// Allows what stays on the node.
     Local,
@@ -87,7 +87,7 @@ impl Guard {
 }
 
 /// What the kernel indexes an object by, in the order of making.
-#[derive(Clone, Debug, Eq, Ord, PartialEq, PartialOrd)]
+#[derive(Clone, Debug, Eq, Hash, Ord, PartialEq, PartialOrd)]
 pub enum Key {
     /// The unreachable route of a whole range.
     GuardRoute(IpNet),

@@ -14,6 +14,8 @@ use ipnet::{IpNet, Ipv4Net, Ipv6Net};
 use keys::Slot;
 use serde::{Deserialize, Serialize};
 
+use crate::packed::{MANY, pack};
+
 mod data;
 
 pub use data::BackendData;
@@ -262,6 +264,7 @@ impl Roster {
     pub fn replace(&mut self, leases: impl IntoIterator<Item = Lease>) -> bool {
         let mut gone: std::collections::BTreeSet<NodeName> = self.leases().map(|l| l.node.clone()).collect();
         let mut changed = self.completeness == Completeness::Partial;
+        let before = self.revision;
         for lease in leases {
             gone.remove(&lease.node);
             changed |= self.insert(lease);
@@ -270,6 +273,9 @@ impl Roster {
             changed |= self.remove(&node);
         }
         self.completeness = Completeness::Complete;
+        if self.revision.0 - before.0 >= MANY as u64 {
+            self.pack();
+        }
         changed
     }
 
@@ -288,6 +294,12 @@ impl Roster {
             .range((Bound::Excluded(seen), Bound::Unbounded))
             .map(|(_, node)| node);
         Ok(changed.map(|node| (node, self.get(node))))
+    }
+
+    /// Gives up the room that many changes left empty.
+    pub fn pack(&mut self) {
+        pack(&mut self.nodes);
+        pack(&mut self.log);
     }
 
     fn record(&mut self, node: NodeName, lease: Option<Arc<Lease>>) {

@@ -55,6 +55,7 @@ pub mod epochs;
 pub mod kernel;
 pub mod lease;
 pub mod node;
+pub mod packed;
 pub mod probe;
 pub mod psk;
 pub mod reconcile;

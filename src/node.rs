@@ -23,6 +23,7 @@ use crate::carrier::Choice;
 use crate::epochs::{Generation, Inherited, Pair, Rollback};
 use crate::kernel::{Objects, Scope};
 use crate::lease::{BackendData, Lease, NodeName, Subnets};
+use crate::packed::pack;
 use crate::probe::{self, Schedule};
 use crate::uplink::Uplink;
 
@@ -266,6 +267,14 @@ impl Node {
             self.everything_dirty();
             self.check_statement();
         }
+    }
+
+    /// Gives up the room that many new leases left empty.
+    pub fn pack(&mut self) {
+        pack(&mut self.known);
+        pack(&mut self.peers);
+        pack(&mut self.bases);
+        self.claims.pack();
     }
 
     /// The lease of `name` is this now; `None` where it is gone.

@@ -25,6 +25,7 @@ use crate::kernel::{Key, Look, Object, Scope};
 use crate::lease::{Lease, Revision, Roster, Subnets};
 use crate::node::report::Doubts;
 use crate::node::{Cause, Datagram, Settings};
+use crate::packed::MANY;
 use crate::psk;
 use crate::reconcile::{Reconciler, chain};
 use crate::store::Health;
@@ -100,9 +101,7 @@ const RESYNC: Duration = Duration::from_secs(300);
 const GLANCE: Duration = Duration::from_millis(200);
 /// How often subnet.env is looked at: another hand may have changed it.
 const LOOK: Duration = Duration::from_secs(5);
-/// So many operations make it worth putting together anew what is kept of them,
-const MANY: u64 = 512;
-/// and so much later: a burst of changes may go on.
+/// How long after a burst of changes memory is put in order: it may go on.
 const REST: Duration = Duration::from_secs(2);
 /// How often all peers are gone through for what is doubtful.
 const DOUBT: Duration = Duration::from_secs(10);
@@ -291,8 +290,13 @@ impl Turn {
         let roster = self.inputs.roster.borrow_and_update();
         match roster.since(self.seen) {
             Ok(changes) => {
+                let mut count = 0;
                 for (name, lease) in changes {
                     node.leased(name, lease, now);
+                    count += 1;
+                }
+                if count >= MANY {
+                    node.pack();
                 }
             }
             Err(_) => {
@@ -419,7 +423,7 @@ impl Turn {
     fn tidy(&mut self) {
         let (now, writes) = (self.now(), self.reconciler.writes());
         let (due, asked) = &mut self.tidy;
-        if writes - *asked >= MANY {
+        if writes - *asked >= MANY as u64 {
             (*due, *asked) = (Some(now + REST), writes);
         } else if due.is_some_and(|at| now >= at) {
             *due = None;

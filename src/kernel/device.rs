@@ -79,7 +79,7 @@ pub struct Vxlan {
 }
 
 /// An Ethernet address.
-#[derive(Clone, Copy, Debug, Default, Eq, Ord, PartialEq, PartialOrd)]
+#[derive(Clone, Copy, Debug, Default, Eq, Hash, Ord, PartialEq, PartialOrd)]
 pub struct Mac(pub [u8; 6]);
 
 impl Mac {

@@ -1,25 +1,27 @@
-//! What the kernel holds of ours, and whose it is: one tree by key, and each scope's keys. A key has 64 bytes and there are
-//! six or more of them a peer, so that no more copies of them are kept than these two.
+//! What the kernel holds of ours, and whose it is. A key has 64 bytes and a peer has six of them or more: each is kept once,
+//! in a list without gaps, and a scope keeps the places of its own.
 
 use std::collections::BTreeMap;
 
+use indexmap::IndexMap;
+
 use crate::kernel::{Key, Object, Objects, Scope};
 
-/// An entry stays while either is there.
+/// What is known of a key. An entry stays while either is there.
 #[derive(Debug, Default)]
 struct Entry {
     /// What the kernel holds, as far as is known.
     object: Option<Object>,
-    /// Who wants it, or wanted it last.
+    /// Who wants it, or wanted it last and has not broken it yet.
     owner: Option<Scope>,
 }
 
-/// The kernel's objects as last known, and their owners.
+/// Objects and their owners, by key, in no order.
 #[derive(Debug, Default)]
 pub(super) struct Ledger {
-    entries: BTreeMap<Key, Entry>,
-    /// In their order. A list: a set has room for eleven keys from its first on, in every scope.
-    owned: BTreeMap<Scope, Vec<Key>>,
+    entries: IndexMap<Key, Entry>,
+    /// Where in `entries` those stand that a scope owns: all of them, in no order.
+    owned: BTreeMap<Scope, Vec<usize>>,
 }
 
 impl Ledger {
@@ -45,7 +47,7 @@ impl Ledger {
         self.get(key).is_some()
     }
 
-    /// What the kernel holds, by key.
+    /// What the kernel holds.
     pub(super) fn objects(&self) -> impl Iterator<Item = (&Key, &Object)> {
         self.entries
             .iter()
@@ -54,10 +56,9 @@ impl Ledger {
 
     /// What the kernel holds and nobody wants.
     pub(super) fn orphans(&self) -> impl Iterator<Item = &Key> {
-        let orphan = |entry: &Entry| entry.object.is_some() && entry.owner.is_none();
-        self.entries
-            .iter()
-            .filter(move |(_, entry)| orphan(entry))
+        let entries = self.entries.iter();
+        entries
+            .filter(|(_, entry)| entry.object.is_some() && entry.owner.is_none())
             .map(|(key, _)| key)
     }
 
@@ -67,8 +68,9 @@ impl Ledger {
     }
 
     /// The keys of a scope: what it wants, and what it wanted and the kernel still holds.
-    pub(super) fn owned(&self, scope: &Scope) -> &[Key] {
-        self.owned.get(scope).map_or(&[], Vec::as_slice)
+    pub(super) fn owned(&self, scope: &Scope) -> impl Iterator<Item = &Key> {
+        let places = self.owned.get(scope).into_iter().flatten();
+        places.filter_map(|place| Some(self.entries.get_index(*place)?.0))
     }
 
     /// The scopes that own anything.
@@ -83,79 +85,174 @@ impl Ledger {
 
     /// The kernel holds nothing there any more; gives what it held. The owner stays: it still wants it.
     pub(super) fn take(&mut self, key: &Key) -> Option<Object> {
-        let entry = self.entries.get_mut(key)?;
+        let (place, _, entry) = self.entries.get_full_mut(key)?;
         let object = entry.object.take();
-        if entry.owner.is_none() {
-            self.entries.remove(key);
-        }
+        self.drop_empty(place);
         object
     }
 
     /// `scope` wants these keys and, of what it owned before, keeps what the kernel still holds. What another scope owned
     /// goes over to it.
     pub(super) fn claim(&mut self, scope: &Scope, wanted: &Objects) {
+        let gone = |key: &&Key| !wanted.contains_key(*key) && !self.holds(key);
+        for key in self.owned(scope).filter(gone).cloned().collect::<Vec<_>>() {
+            self.disown(&key);
+        }
         for key in wanted.keys() {
-            let entry = self.entries.entry(key.clone()).or_default();
-            if entry.owner.as_ref() == Some(scope) {
+            if self.owner(key) == Some(scope) {
                 continue;
             }
-            if let Some(other) = entry.owner.replace(scope.clone()) {
-                self.disown(&other, key);
-            }
-        }
-        let mut before = self.owned.remove(scope).unwrap_or_default();
-        before.retain(|key| !wanted.contains_key(key));
-        for key in before
-            .iter()
-            .filter(|key| !self.holds(key))
-            .cloned()
-            .collect::<Vec<_>>()
-        {
-            self.release(scope, &key);
-        }
-        before.retain(|key| self.holds(key));
-        let mut keys = Vec::with_capacity(wanted.len() + before.len());
-        keys.extend(wanted.keys().cloned());
-        if !before.is_empty() {
-            keys.append(&mut before);
-            keys.sort_unstable();
-        }
-        if !keys.is_empty() {
-            self.owned.insert(scope.clone(), keys);
+            self.disown(key);
+            let entry = self.entries.entry(key.clone());
+            let place = entry.index();
+            entry.or_default().owner = Some(scope.clone());
+            let places = self.owned.entry(scope.clone());
+            places.or_insert_with(|| Vec::with_capacity(wanted.len())).push(place);
         }
     }
 
     /// `scope` broke it: it is gone from the kernel and from what the scope owns.
     pub(super) fn broken(&mut self, scope: &Scope, key: &Key) {
         self.take(key);
-        self.release(scope, key);
-        self.disown(scope, key);
+        if self.owner(key) == Some(scope) {
+            self.disown(key);
+        }
     }
 
-    /// Ends the ownership, where it is this scope's.
-    fn release(&mut self, scope: &Scope, key: &Key) {
-        if let Some(entry) = self.entries.get_mut(key)
-            && entry.owner.as_ref() == Some(scope)
+    /// Nobody owns it any more.
+    fn disown(&mut self, key: &Key) {
+        let Some((place, _, entry)) = self.entries.get_full_mut(key) else {
+            return;
+        };
+        if let Some(owner) = entry.owner.take()
+            && let Some(places) = self.owned.get_mut(&owner)
         {
-            entry.owner = None;
-            if entry.object.is_none() {
-                self.entries.remove(key);
+            places.retain(|held| *held != place);
+            if places.is_empty() {
+                self.owned.remove(&owner);
             }
+        }
+        self.drop_empty(place);
+    }
+
+    /// Lets go of an entry that says nothing any more; the last one takes its place.
+    fn drop_empty(&mut self, place: usize) {
+        if !matches!(
+            self.entries.get_index(place),
+            Some((
+                _,
+                Entry {
+                    object: None,
+                    owner: None
+                }
+            ))
+        ) {
+            return;
+        }
+        self.entries.swap_remove_index(place);
+        let last = self.entries.len();
+        if let Some((_, moved)) = self.entries.get_index(place)
+            && let Some(owner) = &moved.owner
+            && let Some(held) = self
+                .owned
+                .get_mut(owner)
+                .and_then(|places| places.iter_mut().find(|held| **held == last))
+        {
+            *held = place;
         }
     }
 
-    fn disown(&mut self, scope: &Scope, key: &Key) {
-        if let Some(keys) = self.owned.get_mut(scope) {
-            keys.retain(|held| held != key);
-            if keys.is_empty() {
-                self.owned.remove(scope);
-            }
-        }
-    }
-
-    /// A tree that grew key by key is half empty; made of all its keys it is full.
+    /// Gives up the room that was kept for more.
     pub(super) fn compact(&mut self) {
-        self.entries = std::mem::take(&mut self.entries).into_iter().collect();
-        self.owned = std::mem::take(&mut self.owned).into_iter().collect();
+        self.entries.shrink_to_fit();
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::collections::BTreeMap;
+
+    use ipnet::IpNet;
+    use proptest::prelude::*;
+
+    use super::*;
+    use crate::lease::NodeName;
+
+    fn key(number: u8) -> Key {
+        let net: IpNet = format!("10.0.{number}.0/24").parse().expect("a net");
+        Key::GuardRoute(net)
+    }
+
+    fn scope(number: u8) -> Scope {
+        match number {
+            0 => Scope::Node,
+            _ => Scope::Peer(NodeName::new(&format!("node{number}")).expect("a name")),
+        }
+    }
+
+    #[derive(Clone, Debug)]
+    enum Step {
+        Put(u8),
+        Take(u8),
+        Claim(u8, Vec<u8>),
+        Broken(u8, u8),
+    }
+
+    fn step() -> impl Strategy<Value = Step> {
+        let (keys, scopes) = (0..8_u8, 0..4_u8);
+        prop_oneof![
+            keys.clone().prop_map(Step::Put),
+            keys.clone().prop_map(Step::Take),
+            (scopes.clone(), prop::collection::vec(keys.clone(), 0..5)).prop_map(|(s, k)| Step::Claim(s, k)),
+            (scopes, keys).prop_map(|(s, k)| Step::Broken(s, k)),
+        ]
+    }
+
+    proptest! {
+        /// Two plain maps say the same.
+        #[test]
+        fn it_says_what_a_map_of_objects_and_a_map_of_owners_say(steps in prop::collection::vec(step(), 0..60)) {
+            let mut ledger = Ledger::default();
+            let (mut held, mut owner) = (BTreeMap::new(), BTreeMap::<Key, Scope>::new());
+            for step in steps {
+                match step {
+                    Step::Put(k) => {
+                        ledger.put(key(k), Object::Unreachable);
+                        held.insert(key(k), Object::Unreachable);
+                    }
+                    Step::Take(k) => prop_assert_eq!(ledger.take(&key(k)), held.remove(&key(k))),
+                    Step::Claim(s, keys) => {
+                        let wanted: Objects = keys.into_iter().map(|k| (key(k), Object::Unreachable)).collect();
+                        ledger.claim(&scope(s), &wanted);
+                        owner.retain(|key, whose| *whose != scope(s) || held.contains_key(key));
+                        owner.extend(wanted.into_keys().map(|key| (key, scope(s))));
+                    }
+                    Step::Broken(s, k) => {
+                        ledger.broken(&scope(s), &key(k));
+                        held.remove(&key(k));
+                        if owner.get(&key(k)) == Some(&scope(s)) {
+                            owner.remove(&key(k));
+                        }
+                    }
+                }
+                let objects: BTreeMap<_, _> = ledger.objects().map(|(k, o)| (k.clone(), o.clone())).collect();
+                prop_assert_eq!(&objects, &held);
+                for k in 0..8 {
+                    prop_assert_eq!(ledger.owner(&key(k)), owner.get(&key(k)));
+                }
+                let mut orphans: Vec<_> = ledger.orphans().cloned().collect();
+                orphans.sort();
+                prop_assert_eq!(orphans, held.keys().filter(|k| !owner.contains_key(*k)).cloned().collect::<Vec<_>>());
+                for s in 0..4 {
+                    let mut owned: Vec<_> = ledger.owned(&scope(s)).cloned().collect();
+                    owned.sort();
+                    let wanted = owner.iter().filter(|(_, whose)| **whose == scope(s)).map(|(k, _)| k.clone());
+                    prop_assert_eq!(&owned, &wanted.collect::<Vec<_>>());
+                    prop_assert_eq!(ledger.scopes().any(|whose| *whose == scope(s)), !owned.is_empty());
+                }
+                let named = held.keys().chain(owner.keys()).collect::<std::collections::BTreeSet<_>>();
+                prop_assert_eq!(ledger.entries.len(), named.len(), "an entry that says nothing stays");
+            }
+        }
     }
 }

@@ -13,6 +13,7 @@ use tokio::sync::watch;
 use super::StoreError;
 use super::folder::{Folder, Found, Identity, Stamp, is_entry};
 use crate::lease::{Completeness, Lease, NodeName, Roster};
+use crate::packed::{MANY, pack};
 
 /// How long no further loss must come before losses are believed.
 pub(super) const SETTLE: Duration = Duration::from_millis(500);
@@ -186,6 +187,11 @@ impl Mirror {
     /// Brings the roster up to date, waking its readers if anything differs.
     pub(super) fn publish(&mut self, roster: &watch::Sender<Roster>) {
         let changes = std::mem::take(&mut self.changes);
+        let many = changes.len() >= MANY;
+        if many {
+            pack(&mut self.files);
+            pack(&mut self.claims);
+        }
         let rejected = std::mem::take(&mut self.notes_changed).then(|| self.listed_notes());
         // Until the nodes had the time to write their leases again, an absent one may exist.
         let replaced = self.settle.is_some_and(|settle| settle.replaced);
@@ -202,6 +208,9 @@ impl Mirror {
                     Some(lease) => roster.insert(lease),
                     None => roster.remove(&node),
                 };
+            }
+            if many {
+                roster.pack();
             }
             if let Some(rejected) = rejected.filter(|rejected| rejected != roster.rejected()) {
                 roster.set_rejected(rejected);
