@@ -138,6 +138,9 @@ impl Pair {
     pub fn new(own: impl IntoIterator<Item = Epoch>, inherited: Inherited) -> Self {
         Self {
             own: own.into_iter().collect::<BTreeSet<_>>().into_iter().collect(),
+            // One of each nearly always: left to itself, a list makes room for four.
+            inbound: LiteMap::with_capacity(1),
+            outbound: LiteMap::with_capacity(1),
             inherited,
             ..Self::default()
         }

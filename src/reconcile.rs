@@ -650,23 +650,6 @@ impl<D: Datapath> Reconciler<D> {
             tried.insert(scope.clone());
         }
     }
-
-    /// The kinds of what is ours in the kernel, counted: for the log.
-    pub fn census(&self) -> BTreeMap<Kind, usize> {
-        let mut census = BTreeMap::new();
-        for (key, _) in self.ledger.objects() {
-            *census.entry(key.kind()).or_default() += 1;
-        }
-        census
-    }
-
-    /// The names of the peers that are served.
-    pub fn served(&self) -> impl Iterator<Item = &NodeName> {
-        self.ledger.scopes().filter_map(|scope| match scope {
-            Scope::Peer(name) => Some(name),
-            Scope::Node | Scope::Orphans => None,
-        })
-    }
 }
 
 /// An error and all that caused it, in one line.

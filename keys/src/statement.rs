@@ -465,6 +465,7 @@ fn read_nets(field: Field, content: &[u8]) -> Result<Vec<IpNet>, StatementError>
         check_count(field, nets.len())?;
     }
     check_count(field, nets.len())?;
+    nets.shrink_to_fit();
     Ok(nets)
 }
 
@@ -477,6 +478,7 @@ fn read_addresses(content: &[u8]) -> Result<Vec<IpAddr>, StatementError> {
         check_count(Field::Addresses, addresses.len())?;
     }
     check_count(Field::Addresses, addresses.len())?;
+    addresses.shrink_to_fit();
     Ok(addresses)
 }
 

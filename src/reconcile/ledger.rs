@@ -1,7 +1,5 @@
 //! What the kernel holds of ours, and whose it is. A key has 64 bytes and a peer has six of them or more: each is kept once,
-//! in a list without gaps, and a scope keeps the places of its own.
-
-use std::collections::BTreeMap;
+//! in a list without gaps; a scope and what it owns name each other by their places.
 
 use indexmap::IndexMap;
 
@@ -12,16 +10,21 @@ use crate::kernel::{Key, Object, Objects, Scope};
 struct Entry {
     /// What the kernel holds, as far as is known.
     object: Option<Object>,
-    /// Who wants it, or wanted it last and has not broken it yet.
-    owner: Option<Scope>,
+    /// The place in `owned` of who wants it, or wanted it last and has not broken it yet.
+    owner: Option<u32>,
 }
 
 /// Objects and their owners, by key, in no order.
 #[derive(Debug, Default)]
 pub(super) struct Ledger {
     entries: IndexMap<Key, Entry>,
-    /// Where in `entries` those stand that a scope owns: all of them, in no order.
-    owned: BTreeMap<Scope, Vec<usize>>,
+    /// Scopes that own something, each with the places in `entries` of all that it owns, in no order.
+    owned: IndexMap<Scope, Vec<u32>>,
+}
+
+/// An index as it is kept.
+fn place(index: usize) -> u32 {
+    u32::try_from(index).expect("fewer than 2^32 objects")
 }
 
 impl Ledger {
@@ -33,7 +36,7 @@ impl Ledger {
         };
         Self {
             entries: actual.into_iter().map(entry).collect(),
-            owned: BTreeMap::new(),
+            owned: IndexMap::new(),
         }
     }
 
@@ -64,13 +67,14 @@ impl Ledger {
 
     /// Whose it is.
     pub(super) fn owner(&self, key: &Key) -> Option<&Scope> {
-        self.entries.get(key)?.owner.as_ref()
+        let owner = self.entries.get(key)?.owner?;
+        Some(self.owned.get_index(owner as usize)?.0)
     }
 
     /// The keys of a scope: what it wants, and what it wanted and the kernel still holds.
     pub(super) fn owned(&self, scope: &Scope) -> impl Iterator<Item = &Key> {
         let places = self.owned.get(scope).into_iter().flatten();
-        places.filter_map(|place| Some(self.entries.get_index(*place)?.0))
+        places.filter_map(|place| Some(self.entries.get_index(*place as usize)?.0))
     }
 
     /// The scopes that own anything.
@@ -85,9 +89,9 @@ impl Ledger {
 
     /// The kernel holds nothing there any more; gives what it held. The owner stays: it still wants it.
     pub(super) fn take(&mut self, key: &Key) -> Option<Object> {
-        let (place, _, entry) = self.entries.get_full_mut(key)?;
+        let (at, _, entry) = self.entries.get_full_mut(key)?;
         let object = entry.object.take();
-        self.drop_empty(place);
+        self.drop_empty(at);
         object
     }
 
@@ -103,11 +107,12 @@ impl Ledger {
                 continue;
             }
             self.disown(key);
+            let owner = self.owned.entry(scope.clone());
+            let at = place(owner.index());
+            let places = owner.or_insert_with(|| Vec::with_capacity(wanted.len()));
             let entry = self.entries.entry(key.clone());
-            let place = entry.index();
-            entry.or_default().owner = Some(scope.clone());
-            let places = self.owned.entry(scope.clone());
-            places.or_insert_with(|| Vec::with_capacity(wanted.len())).push(place);
+            places.push(place(entry.index()));
+            entry.or_default().owner = Some(at);
         }
     }
 
@@ -121,50 +126,50 @@ impl Ledger {
 
     /// Nobody owns it any more.
     fn disown(&mut self, key: &Key) {
-        let Some((place, _, entry)) = self.entries.get_full_mut(key) else {
+        let Some((at, _, entry)) = self.entries.get_full_mut(key) else {
             return;
         };
         if let Some(owner) = entry.owner.take()
-            && let Some(places) = self.owned.get_mut(&owner)
+            && let Some((_, places)) = self.owned.get_index_mut(owner as usize)
         {
-            places.retain(|held| *held != place);
+            places.retain(|held| *held != place(at));
             if places.is_empty() {
-                self.owned.remove(&owner);
+                self.drop_scope(owner);
             }
         }
-        self.drop_empty(place);
+        self.drop_empty(at);
+    }
+
+    /// Lets go of a scope that owns nothing; the last one takes its place.
+    fn drop_scope(&mut self, at: u32) {
+        self.owned.swap_remove_index(at as usize);
+        let moved = self.owned.get_index(at as usize);
+        for held in moved.into_iter().flat_map(|(_, places)| places) {
+            if let Some((_, entry)) = self.entries.get_index_mut(*held as usize) {
+                entry.owner = Some(at);
+            }
+        }
     }
 
     /// Lets go of an entry that says nothing any more; the last one takes its place.
-    fn drop_empty(&mut self, place: usize) {
-        if !matches!(
-            self.entries.get_index(place),
-            Some((
-                _,
-                Entry {
-                    object: None,
-                    owner: None
-                }
-            ))
-        ) {
+    fn drop_empty(&mut self, at: usize) {
+        let empty = |(_, entry): (&Key, &Entry)| entry.object.is_none() && entry.owner.is_none();
+        if !self.entries.get_index(at).is_some_and(empty) {
             return;
         }
-        self.entries.swap_remove_index(place);
-        let last = self.entries.len();
-        if let Some((_, moved)) = self.entries.get_index(place)
-            && let Some(owner) = &moved.owner
-            && let Some(held) = self
-                .owned
-                .get_mut(owner)
-                .and_then(|places| places.iter_mut().find(|held| **held == last))
-        {
-            *held = place;
+        self.entries.swap_remove_index(at);
+        let last = place(self.entries.len());
+        let owner = self.entries.get_index(at).and_then(|(_, moved)| moved.owner);
+        let places = owner.and_then(|owner| self.owned.get_index_mut(owner as usize));
+        if let Some(held) = places.and_then(|(_, places)| places.iter_mut().find(|held| **held == last)) {
+            *held = place(at);
         }
     }
 
     /// Gives up the room that was kept for more.
     pub(super) fn compact(&mut self) {
         self.entries.shrink_to_fit();
+        self.owned.shrink_to_fit();
     }
 }
 
