@@ -19,7 +19,7 @@ use crate::backend::ipsec;
 use crate::kernel::{
     Counters, Datapath, Event, Key, Kind, Look, Object, Objects, Op, Scope, Write, WriteError, diff, order, reqid_slot,
 };
-use crate::lease::{Completeness, NodeName};
+use crate::lease::Completeness;
 use crate::node::{Cause, Datagram, Node, some};
 
 use ledger::Ledger;
