@@ -202,7 +202,7 @@ fn an_entry_that_two_leases_share_stays_when_one_of_them_goes() {
         assert!(in_order(&reconciler));
         let entries = |reconciler: &Reconciler<SimKernel>| {
             let fdb = |key: &&Key| matches!(key, Key::Fdb(..));
-            held(&reconciler).keys().filter(fdb).count()
+            held(reconciler).keys().filter(fdb).count()
         };
         assert_eq!(entries(&reconciler), 1);
         reconciler.node.leased(first, None, Duration::from_secs(2));
