@@ -58,6 +58,7 @@ pub mod node;
 pub mod probe;
 pub mod psk;
 pub mod reconcile;
+mod repeats;
 pub mod store;
 #[cfg(test)]
 mod testing;
