@@ -65,15 +65,15 @@ impl Tunnels {
                 (self.wait, self.error) = (None, None);
                 return;
             }
-            if state != State::Running {
-                if let Some(told) = self.ended.failed(&format!("{state:?}"), now) {
-                    warn!(
-                        ?state,
-                        times = told.times,
-                        seconds = told.seconds,
-                        "the tunnel has ended; starting it anew"
-                    );
-                }
+            if state != State::Running
+                && let Some(told) = self.ended.failed(&format!("{state:?}"), now)
+            {
+                warn!(
+                    ?state,
+                    times = told.times,
+                    seconds = told.seconds,
+                    "the tunnel has ended; starting it anew"
+                );
             }
             self.running = None;
         }

@@ -117,10 +117,15 @@ def test_top_and_watch_follow_a_mesh_through_restarts_and_an_outage_of_the_store
         terminal.type(command)
         terminal.press("Enter")
 
+    # The store is gone for a minute, and all but the last part goes on meanwhile.
+    began, before = time.monotonic(), {node: len(node.log().splitlines()) for node in lab.nodes}
+    os.rename(lab.lease_dir, f"{lab.lease_dir}.gone")
+
     # Peers, and rates while traffic flows.
     terminal.type("echo seen before; ")
     run(top)
     screen = terminal.shows(rf"^{two} +up .*\n{three} +up ")
+    terminal.shows(r"^health  plaintext 0, 1 problem \(p\): .*store")
     assert all(len(line) <= 80 for line in screen.splitlines()) and f"node    {one}, ipsec" in screen, screen
     assert terminal.state() == "1 0"
     with lab.flow(2, 1, rate=300):
@@ -158,27 +163,7 @@ def test_top_and_watch_follow_a_mesh_through_restarts_and_an_outage_of_the_store
     terminal.tmux("resize-window", "-x", 80, "-y", 24)
     terminal.shows("ERRORS$")
 
-    # A daemon that goes and comes back, seen by both.
-    plain, documents = Watch(one, tmp_path / "plain"), Watch(one, tmp_path / "json", "--json")
-    eventually("two documents", lambda: len(documents.lines()) >= 2)
-    one.stop()
-    terminal.shows("^AWAY +seen .* ago: no daemon answers at ")
-    eventually("an error", lambda: "error" in json.loads(documents.lines()[-1]))
-    one.start(*lab.flags, env={"RINGMAIL_LOG_FORMAT": "json"})
-    lab.meshed()
-    eventually("it is back", lambda: "AWAY" not in terminal.text())
-    assert len(terminal.names()) == 2
-    eventually("a report", lambda: json.loads(documents.lines()[-1])["node"] == str(one))
-    plain.end()
-    documents.end()
-    assert all(json.loads(line).keys() & {"node", "error"} for line in documents.lines())
-    sections = plain.path.read_text().split("--- ")[1:]
-    assert all(re.match(r"\d{4}-\d\d-\d\dT\d\d:\d\d:\d\dZ\n\S.*\n", section) for section in sections), sections
-    assert len(sections) > 3 and any("no daemon answers" in section for section in sections)
-
-    # The store is gone for a minute: what is said of it is bounded, and said in JSON. Meanwhile top ends, in each way.
-    began, before = time.monotonic(), {node: len(node.log().splitlines()) for node in lab.nodes}
-    os.rename(lab.lease_dir, f"{lab.lease_dir}.gone")
+    # It ends in each way, and gives the shell back.
     terminal.press("q")
     terminal.restored("seen before")
     run(f"NO_COLOR=1 {top}")
@@ -196,6 +181,7 @@ def test_top_and_watch_follow_a_mesh_through_restarts_and_an_outage_of_the_store
     assert outside.returncode == 64 and "status --watch" in outside.stderr, outside
     time.sleep(max(0.0, began + OUTAGE - time.monotonic()))
     os.rename(f"{lab.lease_dir}.gone", lab.lease_dir)
+    # What was said of it is bounded, and said in JSON.
 
     def told(node):
         lines = [json.loads(line) for line in node.log().splitlines()[before[node] :]]
@@ -207,3 +193,23 @@ def test_top_and_watch_follow_a_mesh_through_restarts_and_an_outage_of_the_store
         again = [line for line in lines if line["message"].startswith("can read the lease store again")]
         assert len(again) == 1 and again[0]["times"] > 5 and again[0]["seconds"] >= OUTAGE - 5, lines
         print(*lines, sep="\n")
+
+    # A daemon that goes and comes back, seen by both.
+    run(top)
+    terminal.shows(rf"^{two} +up ")
+    plain, documents = Watch(one, tmp_path / "plain"), Watch(one, tmp_path / "json", "--json")
+    eventually("two documents", lambda: len(documents.lines()) >= 2)
+    one.stop()
+    terminal.shows("^AWAY +seen .* ago: no daemon answers at ")
+    eventually("an error", lambda: "error" in json.loads(documents.lines()[-1]))
+    one.start(*lab.flags, env={"RINGMAIL_LOG_FORMAT": "json"})
+    lab.meshed()
+    eventually("it is back", lambda: "AWAY" not in terminal.text())
+    assert len(terminal.names()) == 2
+    eventually("a report", lambda: json.loads(documents.lines()[-1])["node"] == str(one))
+    plain.end()
+    documents.end()
+    assert all(json.loads(line).keys() & {"node", "error"} for line in documents.lines())
+    sections = plain.path.read_text().split("--- ")[1:]
+    assert all(re.match(r"\d{4}-\d\d-\d\dT\d\d:\d\d:\d\dZ\n\S.*\n", section) for section in sections), sections
+    assert len(sections) > 3 and any("no daemon answers" in section for section in sections)
