@@ -34,6 +34,7 @@ use tracing::{debug, warn};
 use crate::audit::Audit;
 use crate::lease::{Lease, NodeName};
 use crate::node::report::Report;
+use crate::repeats::{self, Repeats};
 
 use metrics::Measures;
 
@@ -262,6 +263,7 @@ pub async fn serve(listener: Listener, commands: mpsc::Sender<Command>) {
 async fn serve_patiently(listener: Listener, commands: mpsc::Sender<Command>, patience: Patience) {
     let slots = Arc::new(Semaphore::new(CLIENTS));
     let mut talks = tokio::task::JoinSet::new();
+    let mut failing = Repeats::default();
     loop {
         let slot = slots
             .clone()
@@ -283,7 +285,9 @@ async fn serve_patiently(listener: Listener, commands: mpsc::Sender<Command>, pa
             }
             Err(error) => {
                 // Descriptors may have run out: without a pause this would spin.
-                warn!(%error, "control socket: no connection taken");
+                if let Some(told) = failing.failed(&error.to_string(), repeats::now()) {
+                    warn!(%error, times = told.times, seconds = told.seconds, "control socket: no connection taken");
+                }
                 tokio::time::sleep(Duration::from_millis(200)).await;
             }
         }

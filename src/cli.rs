@@ -10,6 +10,7 @@ mod cleanup;
 mod config;
 mod etcd;
 mod install;
+mod interval;
 mod keygen;
 mod leases;
 pub mod log;
@@ -19,6 +20,7 @@ mod status;
 mod table;
 #[cfg(test)]
 mod tests;
+mod top;
 
 use std::ffi::{OsStr, OsString};
 use std::io::{IsTerminal as _, Write as _};
@@ -46,6 +48,7 @@ Examples:
   ringmail keygen --out /etc/ringmail/psk           a new key, to be given to every node
   ringmail run --lease-dir /var/lib/ringmail --psk-file /etc/ringmail/psk
   ringmail status                                   every peer, and why one is not up
+  ringmail top                                      the same, live: who sends how much, how fast, how well
   ringmail audit                                    is everything encrypted?
 
 Exit codes: 0 clean, 64 usage, 78 configuration, 69 store unreachable, 1 the rest."
@@ -62,6 +65,8 @@ pub enum Verb {
     Run(Everything),
     /// Show how this node and each of its peers stand.
     Status(status::Arguments),
+    /// Watch the peers in the terminal: rates, round trips, loss, errors.
+    Top(top::Arguments),
     /// Compare the kernel with the plan, explain every SA, look for ways that plaintext could go.
     Audit(audit::Arguments),
     /// List all leases and what this node makes of them.
@@ -189,6 +194,7 @@ impl Verb {
                 flags.join(OsStr::new(" ")).display()
             ))),
             Self::Status(arguments) => status::run(&arguments, &style),
+            Self::Top(arguments) => top::run(&arguments, style),
             Self::Audit(arguments) => audit::run(&arguments, &style),
             Self::Leases(arguments) => leases::run(&arguments, &style),
             Self::Rotate(arguments) => rotate::run(&arguments),

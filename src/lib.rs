@@ -59,6 +59,7 @@ pub mod packed;
 pub mod probe;
 pub mod psk;
 pub mod reconcile;
+mod repeats;
 pub mod store;
 #[cfg(test)]
 mod testing;

@@ -21,6 +21,7 @@ use crate::kernel::{
 };
 use crate::lease::Completeness;
 use crate::node::{Cause, Datagram, Node, some};
+use crate::repeats::{self, Came, Each, Repeats, Told};
 
 use ledger::Ledger;
 
@@ -45,8 +46,25 @@ const ROUNDS: usize = 8;
 #[derive(Clone, Debug)]
 struct Failing {
     error: String,
+    /// Whether something was said of it.
+    said: bool,
     wait: Duration,
     next: Duration,
+}
+
+/// What was said of what may fail again and again.
+#[derive(Debug, Default)]
+struct Said {
+    counters: Repeats,
+    /// That notifications were lost.
+    lost: Repeats,
+    unread: Repeats,
+    declined: Repeats,
+    /// Scopes that are not in order, and those that stay so.
+    failed: Each<Scope>,
+    broken: Each<Scope>,
+    /// What another hand changes or removes, again and again where it fights with us.
+    meddled: Each<Key>,
 }
 
 /// When the whole kernel may be read anew after notifications were lost: it costs what the mesh is large.
@@ -84,6 +102,7 @@ pub struct Reconciler<D> {
     failing: BTreeMap<Scope, Failing>,
     /// Peers whose SA would be another's, of this pass.
     alike: BTreeMap<Scope, String>,
+    said: Said,
     complete: bool,
     stale: bool,
     reread: Reread,
@@ -103,6 +122,7 @@ impl<D: Datapath> Reconciler<D> {
             complete: false,
             stale: false,
             reread: Reread::default(),
+            said: Said::default(),
             writes: 0,
         })
     }
@@ -169,10 +189,25 @@ impl<D: Datapath> Reconciler<D> {
 
     /// The counters of our SAs.
     pub fn counters(&mut self) -> BTreeMap<SaId, Counters> {
-        self.kernel.counters().unwrap_or_else(|error| {
-            warn!(%error, "the SAs' counters can't be read");
-            BTreeMap::new()
-        })
+        let counters = self.kernel.counters();
+        let error = counters.as_ref().err().map(ToString::to_string);
+        match self.said.counters.came(error.as_deref(), repeats::now()) {
+            Came::Unchanged => {}
+            Came::Failed(error, told) => {
+                warn!(
+                    error,
+                    times = told.times,
+                    seconds = told.seconds,
+                    "the SAs' counters can't be read"
+                );
+            }
+            Came::Over(told) => info!(
+                times = told.times,
+                seconds = told.seconds,
+                "the SAs' counters can be read again"
+            ),
+        }
+        counters.unwrap_or_default()
     }
 
     /// When the next pass has something to do of its own accord.
@@ -256,14 +291,18 @@ impl<D: Datapath> Reconciler<D> {
             self.gone(&key);
             return;
         }
-        warn!(%key, "changed by another hand");
+        if let Some(told) = self.said.meddled.failed(&key, "changed", repeats::now()) {
+            warn!(%key, times = told.times, seconds = told.seconds, "changed by another hand");
+        }
         self.touched(&key);
         self.ledger.put(key, object);
     }
 
     fn gone(&mut self, key: &Key) {
         if self.ledger.holds(key) {
-            warn!(%key, "removed by another hand or by its limit");
+            if let Some(told) = self.said.meddled.failed(key, "removed", repeats::now()) {
+                warn!(%key, times = told.times, seconds = told.seconds, "removed by another hand or by its limit");
+            }
             self.forget(key);
         }
     }
@@ -331,7 +370,14 @@ impl<D: Datapath> Reconciler<D> {
                 taken.len(),
                 some(&self.node.behind(FEW))
             );
-            warn!(why, "no new epoch is begun for who asks");
+            if let Some(told) = self.said.declined.failed("", now) {
+                warn!(
+                    why,
+                    times = told.times,
+                    seconds = told.seconds,
+                    "no new epoch is begun for who asks"
+                );
+            }
             self.node.decline(why);
             cause = self.node.wants_epoch(now)?;
         }
@@ -395,11 +441,34 @@ impl<D: Datapath> Reconciler<D> {
     /// Plans, compares and writes all that is dirty or due.
     pub fn pass(&mut self, now: Duration) {
         if self.stale && self.reread.due <= now {
-            warn!("the kernel's notifications were lost, or an answer: reading all of it anew");
-            let read = self.resync();
-            self.reread.done(now, read.is_err());
-            if let Err(error) = read {
-                error!(error = chain(&error), "the kernel can't be read");
+            if now > self.reread.due + RARELY * 2 {
+                // After a pause it is news again.
+                let _ = self.said.lost.worked(now);
+            }
+            if let Some(told) = self.said.lost.failed("", now) {
+                warn!(
+                    times = told.times,
+                    seconds = told.seconds,
+                    "the kernel's notifications were lost, or an answer: reading all of it anew"
+                );
+            }
+            let error = self.resync().err().map(|error| chain(&error));
+            self.reread.done(now, error.is_some());
+            match self.said.unread.came(error.as_deref(), now) {
+                Came::Unchanged => {}
+                Came::Failed(error, told) => {
+                    error!(
+                        error,
+                        times = told.times,
+                        seconds = told.seconds,
+                        "the kernel can't be read"
+                    );
+                }
+                Came::Over(told) => info!(
+                    times = told.times,
+                    seconds = told.seconds,
+                    "the kernel can be read again"
+                ),
             }
         }
         if self.stale && self.reread.failed {
@@ -622,27 +691,34 @@ impl<D: Datapath> Reconciler<D> {
             if let Scope::Peer(name) = scope {
                 self.node.troubled(name, why.clone());
             }
+            let before = self.failing.remove(scope);
             let Some(why) = why else {
-                if self.failing.remove(scope).is_some() {
+                if before.is_some_and(|before| before.said) {
                     info!(%scope, "in order again");
                 }
                 continue;
             };
-            let before = self.failing.get(scope);
-            match before {
+            let wait = before.as_ref().map_or(FIRST, |before| (before.wait * 2).min(SLOWEST));
+            let mut said = before.as_ref().is_some_and(|before| before.said);
+            let loud = before.as_ref().is_some_and(|before| before.wait >= LOUD);
+            let repeats = if loud {
+                &mut self.said.broken
+            } else {
+                &mut self.said.failed
+            };
+            if let Some(Told { times, seconds }) = repeats.failed(scope, &why, now) {
+                said = true;
                 // Most first failures are races with another hand, mended by the next try.
-                None => warn!(%scope, error = why, "not in order; trying again"),
-                Some(before) if before.wait < LOUD => {}
-                Some(before) if before.wait < LOUD * 2 || before.error != why => {
-                    error!(%scope, error = why, "can't be brought in order; trying again");
+                match loud {
+                    false => warn!(%scope, error = why, times, seconds, "not in order; trying again"),
+                    true => error!(%scope, error = why, times, seconds, "can't be brought in order; trying again"),
                 }
-                Some(_) => {}
             }
-            let wait = before.map_or(FIRST, |before| (before.wait * 2).min(SLOWEST));
             self.failing.insert(
                 scope.clone(),
                 Failing {
                     error: why,
+                    said,
                     wait,
                     next: now + wait,
                 },

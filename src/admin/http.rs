@@ -26,6 +26,7 @@ use tracing::{debug, warn};
 
 use super::Command;
 use super::metrics::{self, Host, Measures};
+use crate::repeats::{self, Repeats};
 use crate::store::kube::Datapath;
 
 /// Connections served at a time; more wait in the socket's queue.
@@ -61,7 +62,7 @@ pub async fn bind(address: SocketAddr) -> Result<TcpListener, HttpError> {
 
 /// Serves until it is dropped.
 pub async fn serve(listener: TcpListener, way: Loop) {
-    let slots = Arc::new(Semaphore::new(CLIENTS));
+    let (slots, mut failing) = (Arc::new(Semaphore::new(CLIENTS)), Repeats::default());
     loop {
         let slot = slots
             .clone()
@@ -72,7 +73,9 @@ pub async fn serve(listener: TcpListener, way: Loop) {
             Ok((stream, _)) => stream,
             Err(error) => {
                 // Descriptors may have run out: without a pause this would spin.
-                warn!(%error, "health and metrics: no connection taken");
+                if let Some(told) = failing.failed(&error.to_string(), repeats::now()) {
+                    warn!(%error, times = told.times, seconds = told.seconds, "health and metrics: no connection taken");
+                }
                 tokio::time::sleep(Duration::from_millis(200)).await;
                 continue;
             }

@@ -1,14 +1,18 @@
-//! `ringmail status`: the node in a few lines, a row for each peer, and below it why it is not up.
+//! `ringmail status`: the node in a few lines, a row for each peer, and below it why it is not up. `--watch` shows it
+//! again and again.
 
 use std::collections::BTreeMap;
-use std::path::Path;
+use std::io::{ErrorKind, IsTerminal as _, Write as _};
+use std::path::{Path, PathBuf};
 use std::time::Duration;
 
 use clap::Args;
+use k8s_openapi::jiff::Timestamp;
+use serde_json::json;
 
 use super::table::{Align, Style, Table, Tone, bytes, clean, count, span, wrap};
-use super::{Common, Failure, Shown};
-use crate::admin::{Request, ask};
+use super::{Failure, Shown, interval};
+use crate::admin::{AskError, Request, ask};
 use crate::node::report::{PeerReport, Report, State};
 use crate::node::{PskReport, some};
 use crate::tunnel::{self, Offload};
@@ -20,39 +24,126 @@ States: up (data goes, on the newest generation), moving (data goes, and is chan
 on keys of an earlier process), waiting (no data yet), plain (data goes, unencrypted, as the backend has it), refused
 (its lease is not believed, or can't be served).
 
-Exit code: 0 where every peer is up or moving and nothing is wrong with the node, else 1.
+Exit code: 0 where every peer is up or moving and nothing is wrong with the node, else 1. `--watch` runs until a signal
+ends it, and goes on when the daemon is not there for a while.
 
 Examples:
   ringmail status
+  ringmail status --watch=5
+  ringmail status --json --watch | jq -c '.peers | map(.state)'
   ringmail status --json | jq '.peers[] | select(.state != \"up\")'")]
 pub struct Arguments {
-    #[command(flatten)]
-    common: Common,
+    /// The daemon's folder.
+    #[arg(long, value_name = "DIR", default_value = crate::admin::RUN_DIR)]
+    run_dir: PathBuf,
+    /// Print JSON; with --watch one document a line.
+    #[arg(long)]
+    json: bool,
+    /// Show it again every SECONDS, 2 where none are given.
+    #[arg(long, value_name = "SECONDS", num_args = 0..=1, require_equals = true, default_missing_value = "2",
+          value_parser = often)]
+    watch: Option<Duration>,
 }
 
-pub(super) fn run(Arguments { common }: &Arguments, style: &Style) -> Result<Shown, Failure> {
-    let report = fetch(&common.run_dir)?;
+fn often(text: &str) -> Result<Duration, String> {
+    interval::parse(text, Duration::from_millis(200), Duration::from_secs(3600))
+}
+
+pub(super) fn run(arguments: &Arguments, style: &Style) -> Result<Shown, Failure> {
+    let Arguments { run_dir, json, watch } = arguments;
+    if let Some(interval) = watch {
+        return repeat(run_dir, *json, *interval, *style);
+    }
+    let report = fetch(run_dir)?;
     let well = well(&report);
-    Ok(if common.json {
+    Ok(if *json {
         Shown::json(&report, well)
     } else {
         Shown::text(render(&report, *style), well)
     })
 }
 
+/// What came of asking the daemon.
+#[derive(Debug)]
+pub(super) enum Fetched {
+    Report(Box<Report>),
+    /// It does not answer now, as while it restarts; why.
+    Away(String),
+}
+
 /// Asks the daemon for the picture.
 pub(super) fn fetch(run_dir: &Path) -> Result<Report, Failure> {
-    let answer = ask(run_dir, Request::Status).map_err(Failure::other)?;
+    match look(run_dir)? {
+        Fetched::Report(report) => Ok(*report),
+        Fetched::Away(why) => Err(Failure::other(anyhow::Error::msg(why))),
+    }
+}
+
+/// The same for who asks again and again: the error is one that no waiting mends.
+pub(super) fn look(run_dir: &Path) -> Result<Fetched, Failure> {
+    let answer = match ask(run_dir, Request::Status) {
+        Ok(answer) => answer,
+        Err(error @ (AskError::Denied(_) | AskError::Version { .. })) => return Err(Failure::other(error)),
+        Err(error) => return Ok(Fetched::Away(format!("{:#}", anyhow::Error::from(error)))),
+    };
     serde_json::from_value(answer)
+        .map(Fetched::Report)
         .map_err(anyhow::Error::from)
         .map_err(|error| Failure::other(error.context("the daemon's answer is not understood: use the same version")))
 }
 
+/// Shows it every `interval` until a signal, or whoever reads it, ends that.
+fn repeat(run_dir: &Path, json: bool, interval: Duration, style: Style) -> Result<Shown, Failure> {
+    let mut stdout = std::io::stdout();
+    let screen = stdout.is_terminal() && !json;
+    loop {
+        let fetched = look(run_dir)?;
+        let time = Timestamp::now().strftime("%Y-%m-%dT%H:%M:%SZ").to_string();
+        let text = match json {
+            true => document(&fetched),
+            false => section(&fetched, &time, screen, style),
+        };
+        match stdout.write_all(text.as_bytes()).and_then(|()| stdout.flush()) {
+            Ok(()) => std::thread::sleep(interval),
+            Err(error) if error.kind() == ErrorKind::BrokenPipe => return Ok(Shown::from(String::new())),
+            Err(error) => {
+                let error = anyhow::Error::from(error).context("write to standard output");
+                return Err(Failure::other(error));
+            }
+        }
+    }
+}
+
+/// One line of JSON: the report, or an object with the one field `error`.
+pub(super) fn document(fetched: &Fetched) -> String {
+    let text = match fetched {
+        Fetched::Report(report) => serde_json::to_string(report),
+        Fetched::Away(why) => serde_json::to_string(&json!({"error": why})),
+    };
+    text.expect("what is shown has string keys") + "\n"
+}
+
+/// What people see of one answer: on a `screen` that is cleared first, elsewhere below a line with the time.
+pub(super) fn section(fetched: &Fetched, time: &str, screen: bool, style: Style) -> String {
+    let head = match screen {
+        true => format!("\x1b[H\x1b[2J{time}\n\n"),
+        false => format!("--- {time}\n"),
+    };
+    let body = match fetched {
+        Fetched::Report(report) => render(report, style),
+        Fetched::Away(why) => style.paint(&wrap(&clean(why, false), 0), Tone::Bad),
+    };
+    head + &body
+}
+
 /// Whether there is nothing to tell anybody about.
 pub(super) fn well(report: &Report) -> bool {
-    let peer =
-        |peer: &PeerReport| matches!(peer.state, State::Up | State::Moving | State::Plain) && peer.reason.is_none();
-    report.complete && report.problems.is_empty() && report.rejected.is_empty() && report.peers.iter().all(peer)
+    let peers = report.peers.iter().all(well_peer);
+    report.complete && report.problems.is_empty() && report.rejected.is_empty() && peers
+}
+
+pub(super) fn well_peer(peer: &PeerReport) -> bool {
+    matches!(peer.state, State::Up | State::Moving | State::Plain) && peer.reason.is_none()
 }
 
 pub(super) fn render(report: &Report, style: Style) -> String {
@@ -210,7 +301,7 @@ fn held(psk: &PskReport) -> String {
     text
 }
 
-fn summary(peers: &[PeerReport]) -> String {
+pub(super) fn summary(peers: &[PeerReport]) -> String {
     let mut by_state: BTreeMap<State, usize> = BTreeMap::new();
     for peer in peers {
         *by_state.entry(peer.state).or_default() += 1;
@@ -226,7 +317,7 @@ fn summary(peers: &[PeerReport]) -> String {
     }
 }
 
-fn word(state: State) -> &'static str {
+pub(super) fn word(state: State) -> &'static str {
     match state {
         State::Up => "up",
         State::Moving => "moving",
@@ -237,12 +328,16 @@ fn word(state: State) -> &'static str {
     }
 }
 
-fn rows(peer: &PeerReport, table: &mut Table) {
-    let tone = match peer.state {
+pub(super) fn tone(state: State) -> Tone {
+    match state {
         State::Up | State::Plain => Tone::Good,
         State::Moving | State::Kept | State::Waiting => Tone::Doubtful,
         State::Refused => Tone::Bad,
-    };
+    }
+}
+
+fn rows(peer: &PeerReport, table: &mut Table) {
+    let tone = tone(peer.state);
     let heard = peer
         .heard
         .and_then(|heard| Duration::try_from_secs_f64(heard).ok())

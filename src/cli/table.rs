@@ -116,11 +116,16 @@ impl Table {
 
 /// `text` in lines of at most [`WIDTH`] columns where its words allow it, each `indent` spaces in.
 pub(super) fn wrap(text: &str, indent: usize) -> String {
+    wrap_to(text, indent, WIDTH)
+}
+
+/// The same in lines of at most `width` columns.
+pub(super) fn wrap_to(text: &str, indent: usize, width: usize) -> String {
     let mut lines = String::new();
     let mut column = 0;
     for word in text.split(' ').filter(|word| !word.is_empty()) {
         let length = word.chars().count();
-        if column > 0 && column + 1 + length <= WIDTH {
+        if column > 0 && column + 1 + length <= width {
             lines.push(' ');
             column += 1 + length;
         } else {

@@ -25,7 +25,7 @@ mod removal;
 const PLAIN: Style = Style { colour: false };
 
 /// Compares `text` with the golden file `name`, or rewrites that.
-fn golden(name: &str, text: &str) {
+pub(super) fn golden(name: &str, text: &str) {
     let path = Path::new(env!("CARGO_MANIFEST_DIR"))
         .join("tests/golden/cli")
         .join(name);
@@ -36,7 +36,7 @@ fn golden(name: &str, text: &str) {
     assert!(text == wanted, "{} differs; it would be:\n{text}", path.display());
 }
 
-fn report() -> Report {
+pub(super) fn report() -> Report {
     let peer = |name: &str, number: u8, state: &str, more: serde_json::Value| {
         let mut peer = json!({
             "node": name, "subnets": [format!("10.244.{number}.0/24")], "address": format!("192.0.2.{number}"),
@@ -89,6 +89,35 @@ fn report() -> Report {
 fn status_shows_each_state_with_its_reason() {
     golden("status.txt", &status::render(&report(), PLAIN));
     assert!(!status::well(&report()));
+}
+
+#[test]
+fn a_repeated_status_says_when_it_is_and_that_the_daemon_is_away() {
+    let away = status::Fetched::Away("no daemon answers at /run/x: is ringmail running?\x1b[2J".into());
+    let there = status::Fetched::Report(Box::new(report()));
+    let time = "2026-11-29T21:43:02Z";
+    let sections = [&there, &away].map(|each| status::section(each, time, false, PLAIN));
+    let wanted = format!("--- {time}\n{}", status::render(&report(), PLAIN));
+    assert_eq!(sections[0], wanted);
+    assert_eq!(
+        sections[1],
+        format!("--- {time}\nno daemon answers at /run/x: is ringmail running?\u{fffd}[2J\n")
+    );
+    let screen = status::section(&away, time, true, Style { colour: true });
+    assert!(
+        screen.starts_with(&format!("\x1b[H\x1b[2J{time}\n\n\x1b[31mno daemon")),
+        "{screen:?}"
+    );
+    let lines = [&there, &away].map(status::document);
+    for line in &lines {
+        assert_eq!(line.lines().count(), 1, "{line}");
+    }
+    assert_eq!(serde_json::from_str::<Report>(&lines[0]).unwrap(), report());
+    let away: serde_json::Value = serde_json::from_str(&lines[1]).unwrap();
+    assert!(
+        away["error"].as_str().unwrap().starts_with("no daemon answers"),
+        "{away}"
+    );
 }
 
 #[test]

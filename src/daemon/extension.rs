@@ -1,6 +1,6 @@
 //! Runs the commands of the extension backend, one at a time: no shell, bounded in time, tried again where they fail.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 use std::process::Stdio;
 use std::sync::Arc;
 use std::time::Duration;
@@ -18,6 +18,7 @@ use crate::backend::Plain;
 use crate::backend::extension::{Commands, data, input, words};
 use crate::lease::{Addresses, Lease, Network, NodeName, Roster, Subnets};
 use crate::node::Settings;
+use crate::repeats::{self, Repeats};
 use crate::uplink::{Uplink, UplinkError};
 
 /// A command that runs longer is ended.
@@ -89,6 +90,9 @@ async fn run(command: &str, variables: &Variables, stdin: &str) -> Result<Vec<u8
     Ok(output.stdout)
 }
 
+/// What was said of commands that fail: of which, about which peer.
+type Failing = BTreeMap<(&'static str, String), Repeats>;
+
 /// What is followed.
 pub(super) struct Extension {
     pub(super) settings: watch::Receiver<Settings>,
@@ -104,15 +108,16 @@ impl Extension {
     pub(super) async fn follow(mut self) {
         let mut done: BTreeMap<NodeName, Arc<Lease>> = BTreeMap::new();
         let mut started: Option<Commands> = None;
+        let mut failing = Failing::new();
         loop {
             let commands = match &self.settings.borrow_and_update().plain {
                 Some(Plain::Extension(commands)) => Some(commands.clone()),
                 _ => None,
             };
             let troubles = match &commands {
-                Some(commands) => self.round(commands, &mut started, &mut done).await,
+                Some(commands) => self.round(commands, &mut started, &mut done, &mut failing).await,
                 None => {
-                    (started, done) = (None, BTreeMap::new());
+                    (started, done, failing) = (None, BTreeMap::new(), Failing::new());
                     Vec::new()
                 }
             };
@@ -139,6 +144,7 @@ impl Extension {
         commands: &Commands,
         started: &mut Option<Commands>,
         done: &mut BTreeMap<NodeName, Arc<Lease>>,
+        failing: &mut Failing,
     ) -> Vec<String> {
         let Some(own) = self.holding.borrow_and_update().as_ref().map(|holding| holding.subnets) else {
             return Vec::new();
@@ -155,7 +161,16 @@ impl Extension {
             .unwrap_or_default();
         if started.as_ref() != Some(commands) {
             let variables = variables(Some(&network), &own, &public);
-            if let Err(trouble) = tell("PostStartupCommand", &commands.post_startup, &variables, "").await {
+            if let Err(trouble) = tell(
+                "PostStartupCommand",
+                "",
+                &commands.post_startup,
+                &variables,
+                "",
+                failing,
+            )
+            .await
+            {
                 return vec![trouble];
             }
             *started = Some(commands.clone());
@@ -167,6 +182,8 @@ impl Extension {
                 .filter(|lease| lease.node != name && lease.backend == "extension");
             peers.map(|lease| (lease.node.clone(), lease.clone())).collect()
         };
+        let names: BTreeSet<&str> = wanted.keys().chain(done.keys()).map(NodeName::as_str).collect();
+        failing.retain(|(_, peer), _| peer.is_empty() || names.contains(peer.as_str()));
         let mut troubles = Vec::new();
         let changed = |name: &NodeName, lease: &Arc<Lease>| wanted.get(name) != Some(lease);
         let gone: Vec<_> = done
@@ -176,7 +193,7 @@ impl Extension {
             .collect();
         for name in gone {
             let Some(lease) = done.get(&name) else { continue };
-            match tell_of("SubnetRemoveCommand", &commands.subnet_remove, lease).await {
+            match tell_of("SubnetRemoveCommand", &commands.subnet_remove, lease, failing).await {
                 Ok(()) => drop(done.remove(&name)),
                 Err(trouble) => troubles.push(trouble),
             }
@@ -185,7 +202,7 @@ impl Extension {
             if done.contains_key(&name) {
                 continue;
             }
-            match tell_of("SubnetAddCommand", &commands.subnet_add, &lease).await {
+            match tell_of("SubnetAddCommand", &commands.subnet_add, &lease, failing).await {
                 Ok(()) => drop(done.insert(name, lease)),
                 Err(trouble) => troubles.push(trouble),
             }
@@ -195,25 +212,44 @@ impl Extension {
 }
 
 /// Runs a command about a peer; the error names both.
-async fn tell_of(what: &str, command: &str, lease: &Lease) -> Result<(), String> {
+async fn tell_of(what: &'static str, command: &str, lease: &Lease, failing: &mut Failing) -> Result<(), String> {
     let variables = variables(None, &lease.subnets, &lease.public);
-    let told = tell(what, command, &variables, &input(&lease.data.value())).await;
+    let input = input(&lease.data.value());
+    let told = tell(what, lease.node.as_str(), command, &variables, &input, failing).await;
     told.map_err(|trouble| format!("node {}: {trouble}", lease.node))
 }
 
-/// Runs one command and logs what came of it; good also where there is none.
-async fn tell(what: &str, command: &str, variables: &Variables, stdin: &str) -> Result<(), String> {
+/// Runs one command, about `peer` where it has a name, and logs what came of it; good also where there is none.
+async fn tell(
+    what: &'static str,
+    peer: &str,
+    command: &str,
+    variables: &Variables,
+    stdin: &str,
+    failing: &mut Failing,
+) -> Result<(), String> {
     if command.is_empty() {
         return Ok(());
     }
     match run(command, variables, stdin).await {
         Ok(_) => {
-            info!(command, ?variables, "{what} has run");
+            failing.remove(&(what, peer.to_owned()));
+            info!(peer, command, ?variables, "{what} has run");
             Ok(())
         }
         Err(error) => {
             let error = format!("{error:#}");
-            error!(command, error, "{what} failed; trying again");
+            let repeats = failing.entry((what, peer.to_owned())).or_default();
+            if let Some(told) = repeats.failed(&error, repeats::now()) {
+                error!(
+                    peer,
+                    command,
+                    error,
+                    times = told.times,
+                    seconds = told.seconds,
+                    "{what} failed; trying again"
+                );
+            }
             Err(format!(
                 "{what} failed and is tried again every {} s: {error}",
                 AGAIN.as_secs()

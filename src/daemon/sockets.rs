@@ -17,6 +17,7 @@ use crate::lease::Addresses;
 use crate::node::Datagram;
 use crate::probe;
 use crate::reconcile::chain;
+use crate::repeats::Repeats;
 
 /// A socket that could not be opened is tried again after this.
 const REOPEN: Duration = Duration::from_secs(2);
@@ -33,6 +34,7 @@ pub(super) struct Sockets {
     probes: Vec<(SocketAddr, UdpSocket)>,
     encaps: Vec<Encap>,
     error: Option<String>,
+    failing: Repeats,
     reopen: Option<Duration>,
 }
 
@@ -82,20 +84,34 @@ impl Sockets {
             }
             stays
         });
-        let before = self.error.take();
+        self.error = None;
         let missing = |local: &SocketAddr| !self.encaps.iter().any(|encap| encap.local() == *local);
         for local in wanted.into_iter().filter(missing).collect::<Vec<_>>() {
             match self.take_back(local).map_or_else(|| self.open_encap(local), Ok) {
                 Ok(encap) => self.encaps.push(encap),
                 Err(wrong) => {
                     let text = chain(&wrong);
-                    if before.as_ref() != Some(&text) {
-                        error!(error = text, "ESP in UDP can't be received");
+                    if let Some(told) = self.failing.failed(&text, now) {
+                        error!(
+                            error = text,
+                            times = told.times,
+                            seconds = told.seconds,
+                            "ESP in UDP can't be received"
+                        );
                     }
                     self.error = Some(text);
                     self.reopen = Some(now + REOPEN);
                 }
             }
+        }
+        if self.error.is_none()
+            && let Some(told) = self.failing.worked(now)
+        {
+            info!(
+                times = told.times,
+                seconds = told.seconds,
+                "ESP in UDP can be received again"
+            );
         }
         if !wanted_any && now < UNCLAIMED && !self.kept.is_empty() {
             self.reopen.get_or_insert(UNCLAIMED);

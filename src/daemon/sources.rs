@@ -22,6 +22,7 @@ use crate::lease::{Lease, Network, NodeName, Subnets};
 use crate::node::Settings;
 use crate::psk;
 use crate::reconcile::chain;
+use crate::repeats::{self, Came, Repeats};
 use crate::store::kube::{Kube, Secrets, Troubles, Wishes};
 use crate::store::{Claim, Health, Held, Store, StoreError};
 use crate::uplink::{Uplink, UplinkError};
@@ -102,7 +103,7 @@ pub(super) async fn first_keys(
 ) -> Result<Keys> {
     let mut source = keys_of(backend, network, secrets);
     let (told, news) = watch::channel(Troubles::new());
-    let mut telling = None;
+    let (mut telling, mut failing) = (None, Repeats::default());
     if matches!(backend.ipsec().map(|ipsec| &ipsec.psk), Some(PskSource::Secret(_))) {
         loop {
             let held = source.borrow_and_update().clone();
@@ -111,7 +112,14 @@ pub(super) async fn first_keys(
             }
             if let Some(error) = &held.error {
                 let text = chain(error);
-                error!(error = text, "there is no PSK yet: waiting for it");
+                if let Some(told) = failing.failed(&text, repeats::now()) {
+                    error!(
+                        error = text,
+                        times = told.times,
+                        seconds = told.seconds,
+                        "there is no PSK yet: waiting for it"
+                    );
+                }
                 told.send_replace(super::troubles::of_keys(error).into_iter().collect());
                 if let Some(kube) = kube.cloned().filter(|_| telling.is_none()) {
                     let news = news.clone();
@@ -183,6 +191,7 @@ pub(super) async fn follow_conf(
     let mut changes = store.config_changes();
     let network = current.borrow().network;
     let mut file = Watched::new(&flags.net_config_path);
+    let mut refused = Repeats::default();
     loop {
         tokio::select! {
             changed = changes.changed() => if changed.is_err() { return },
@@ -227,14 +236,22 @@ pub(super) async fn follow_conf(
             }
             Err(error) => Some(format!("{error:#}")),
         };
+        match refused.came(error.as_deref(), repeats::now()) {
+            Came::Unchanged => {}
+            Came::Failed(error, told) => error!(
+                error,
+                times = told.times,
+                seconds = told.seconds,
+                "the new configuration is refused; the last good one stays in force"
+            ),
+            Came::Over(told) => info!(
+                times = told.times,
+                seconds = told.seconds,
+                "the configuration is right again"
+            ),
+        }
         misconfigured.send_if_modified(|before| {
             let differs = *before != error;
-            if let (true, Some(error)) = (differs, &error) {
-                error!(
-                    error,
-                    "the new configuration is refused; the last good one stays in force"
-                );
-            }
             *before = error;
             differs
         });
@@ -299,7 +316,7 @@ impl Keeper {
     ) -> Result<()> {
         let mut held = self.hold(&holding, &health, &mut note, &run_dir).await?;
         let mut roster = self.store.roster();
-        let (mut wait, mut failing) = (FIRST, None);
+        let (mut wait, mut failing) = (FIRST, Repeats::default());
         loop {
             // The loop may not have heard yet that the node's subnet is another.
             let wanted = lease.borrow_and_update().clone().filter(|lease| lease.subnets == held);
@@ -309,15 +326,18 @@ impl Keeper {
                 .map(|held| Lease::clone(held));
             let outcome = match &wanted {
                 // After a failure also where the lease has come back by itself: only a call that succeeds ends it.
-                Some(wanted) if stored.as_ref() != Some(wanted) || failing.is_some() => self
-                    .pulsing(&health, self.store.publish(wanted))
-                    .await
-                    .map(|()| info!(lease = %wanted.subnets, "published")),
+                Some(wanted) if stored.as_ref() != Some(wanted) || failing.lasts() => {
+                    self.pulsing(&health, self.store.publish(wanted)).await.map(|()| {
+                        let told = failing.worked(repeats::now());
+                        let (times, seconds) = (told.and_then(|told| told.times), told.and_then(|told| told.seconds));
+                        info!(lease = %wanted.subnets, times, seconds, "published");
+                    })
+                }
                 _ => Ok(()),
             };
             let again = match outcome {
                 Ok(()) => {
-                    (wait, failing) = (FIRST, None);
+                    (wait, failing) = (FIRST, Repeats::default());
                     if wanted.is_some() {
                         let right = LeaseTrouble::default();
                         let replaced = |before: &mut LeaseTrouble| std::mem::replace(before, right.clone()) != right;
@@ -331,16 +351,20 @@ impl Keeper {
                     self.trouble
                         .send_modify(|trouble| trouble.moved = Some(moved.to_string()));
                     held = self.hold(&holding, &health, &mut note, &run_dir).await?;
-                    (wait, failing) = (FIRST, None);
+                    (wait, failing) = (FIRST, Repeats::default());
                     None
                 }
                 Err(error) => {
                     let text = chain(&error);
-                    if failing.as_ref() != Some(&text) {
-                        error!(error = text, "the lease can't be published; trying again");
+                    if let Some(told) = failing.failed(&text, repeats::now()) {
+                        error!(
+                            error = text,
+                            times = told.times,
+                            seconds = told.seconds,
+                            "the lease can't be published; trying again"
+                        );
                     }
                     self.failed(&error, &text);
-                    failing = Some(text);
                     let now = wait;
                     wait = (wait * 2).min(SLOWEST);
                     Some(now)
@@ -420,7 +444,7 @@ impl Keeper {
     async fn acquire(&self, health: &watch::Sender<Health>) -> Result<Held> {
         let previous = subnet_env::previous(&self.subnet_file);
         let previous = (previous.iter().next().is_some()).then_some(previous);
-        let (mut wait, mut failing) = (FIRST, None);
+        let (mut wait, mut failing) = (FIRST, Repeats::default());
         loop {
             let mut random = [0; 8];
             SystemRandom::new()
@@ -444,11 +468,15 @@ impl Keeper {
                 Err(error) if !error.is_transient() => return Err(error).context("take a subnet"),
                 Err(error) => {
                     let text = chain(&error);
-                    if failing.as_ref() != Some(&text) {
-                        error!(error = text, "no subnet can be taken; trying again");
+                    if let Some(told) = failing.failed(&text, repeats::now()) {
+                        error!(
+                            error = text,
+                            times = told.times,
+                            seconds = told.seconds,
+                            "no subnet can be taken; trying again"
+                        );
                     }
                     self.failed(&error, &text);
-                    failing = Some(text);
                 }
             }
             self.pulse(health);

@@ -9,6 +9,7 @@ use tracing::{error, info, warn};
 use crate::backend::udp;
 use crate::node::plain::TunnelPlan;
 use crate::reconcile::chain;
+use crate::repeats::Repeats;
 use crate::tunnel::{Config, Counters, Features, Routes, State, Tunnel};
 
 /// The first wait before a tunnel that failed is started anew; it doubles up to [`SLOWEST`].
@@ -22,6 +23,8 @@ pub(super) struct Tunnels {
     plan: Option<TunnelPlan>,
     running: Option<Running>,
     error: Option<String>,
+    failing: Repeats,
+    ended: Repeats,
     wait: Option<Duration>,
     again: Option<Duration>,
 }
@@ -62,8 +65,15 @@ impl Tunnels {
                 (self.wait, self.error) = (None, None);
                 return;
             }
-            if state != State::Running {
-                warn!(?state, "the tunnel has ended; starting it anew");
+            if state != State::Running
+                && let Some(told) = self.ended.failed(&format!("{state:?}"), now)
+            {
+                warn!(
+                    ?state,
+                    times = told.times,
+                    seconds = told.seconds,
+                    "the tunnel has ended; starting it anew"
+                );
             }
             self.running = None;
         }
@@ -72,14 +82,21 @@ impl Tunnels {
         }
         match start(&plan) {
             Ok(tunnel) => {
-                info!(port = plan.port, local = %plan.local, "the tunnel runs");
+                let told = self.failing.worked(now);
+                let (times, seconds) = (told.and_then(|told| told.times), told.and_then(|told| told.seconds));
+                info!(port = plan.port, local = %plan.local, times, seconds, "the tunnel runs");
                 let state = tunnel.state();
                 self.running = Some(Running { tunnel, state, plan });
                 (self.error, self.again) = (None, None);
             }
             Err(text) => {
-                if self.error.as_ref() != Some(&text) {
-                    error!(error = text, "the tunnel can't be started; trying again");
+                if let Some(told) = self.failing.failed(&text, now) {
+                    error!(
+                        error = text,
+                        times = told.times,
+                        seconds = told.seconds,
+                        "the tunnel can't be started; trying again"
+                    );
                 }
                 let wait = self.wait.map_or(FIRST, |wait| (wait * 2).min(SLOWEST));
                 (self.wait, self.again, self.error) = (Some(wait), Some(now + wait), Some(text));

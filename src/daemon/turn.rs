@@ -28,6 +28,7 @@ use crate::node::{Cause, Datagram, Settings};
 use crate::packed::MANY;
 use crate::psk;
 use crate::reconcile::{Reconciler, chain};
+use crate::repeats::{Came, Repeats};
 use crate::store::Health;
 use crate::store::kube::Datapath;
 use crate::uplink::{Uplink, UplinkError};
@@ -106,6 +107,9 @@ const REST: Duration = Duration::from_secs(2);
 /// How often all peers are gone through for what is doubtful.
 const DOUBT: Duration = Duration::from_secs(10);
 
+/// The words for settings that the kernel can't do, and for their end.
+const UNFIT: (&str, &str) = ("the new configuration can't be used", "the configuration can be used");
+
 /// The loop's own state.
 pub(super) struct Turn {
     pub(super) reconciler: Reconciler<Netlink>,
@@ -138,8 +142,8 @@ pub(super) struct Turn {
     pub(super) subnet_env_error: Option<String>,
     /// What was last seen in subnet.env, and when.
     env: Option<(SubnetEnv, Duration)>,
-    /// What is wrong with each source, as it was last logged.
-    troubles: BTreeMap<&'static str, String>,
+    /// What was said of each thing that may fail again and again.
+    troubles: BTreeMap<&'static str, Repeats>,
 }
 
 enum Woken {
@@ -273,10 +277,12 @@ impl Turn {
             }
             Err(error) => Some(chain(error)),
         };
-        told(&mut self.troubles, "no uplink now; the last one stays in use", trouble);
+        let what = ("no uplink now; the last one stays in use", "there is an uplink again");
+        told(&mut self.troubles, what, trouble.as_deref(), now);
         let held = self.inputs.psks.borrow_and_update().clone();
         let trouble = held.error.as_ref().map(|error| chain(error));
-        told(&mut self.troubles, "the PSK can't be read; those in use stay", trouble);
+        let what = ("the PSK can't be read; those in use stay", "the PSK can be read again");
+        told(&mut self.troubles, what, trouble.as_deref(), now);
         if let Some(set) = held.set {
             node.keyed(set.psks.clone(), now);
         }
@@ -326,14 +332,13 @@ impl Turn {
                         "backend ipsec can't be used, the last one stays in force: {}",
                         chain(&error)
                     );
-                    if self.unfit.as_ref() != Some(&text) {
-                        error!("{text}");
-                    }
+                    told(&mut self.troubles, UNFIT, Some(&text), self.began.elapsed());
                     self.unfit = Some(text);
                     return;
                 }
             }
         }
+        told(&mut self.troubles, UNFIT, None, self.began.elapsed());
         self.unfit = None;
         let directed = self.directed;
         let backend = settings.plain.as_ref().map_or("ipsec", |plain| plain.name());
@@ -357,9 +362,9 @@ impl Turn {
         }
         if now >= self.resync {
             self.resync = now + RESYNC;
-            if let Err(error) = self.reconciler.resync() {
-                error!(error = chain(&error), "the kernel can't be read");
-            }
+            let trouble = self.reconciler.resync().err().map(|error| chain(&error));
+            let what = ("the kernel can't be read", "the kernel can be read again");
+            told(&mut self.troubles, what, trouble.as_deref(), now);
         }
         if now >= self.filter {
             self.filter = now + self.filter_every;
@@ -519,20 +524,17 @@ impl Turn {
             return;
         }
         self.env = Some((env, now));
-        match env.write(&self.outputs.subnet_file) {
-            Ok(Written::Unchanged) => self.subnet_env_error = None,
-            Ok(_) => {
-                self.subnet_env_error = None;
-                info!(file = %self.outputs.subnet_file.display(), %subnets, mtu, "wrote subnet.env");
-            }
-            Err(error) => {
-                let text = chain(&error);
-                if self.subnet_env_error.as_ref() != Some(&text) {
-                    error!(error = text, "subnet.env can't be written: no pod can be started");
-                }
-                self.subnet_env_error = Some(text);
-                return;
-            }
+        let written = env.write(&self.outputs.subnet_file);
+        self.subnet_env_error = written.as_ref().err().map(|error| chain(error));
+        let what = (
+            "subnet.env can't be written: no pod can be started",
+            "subnet.env can be written again",
+        );
+        told(&mut self.troubles, what, self.subnet_env_error.as_deref(), now);
+        match written {
+            Ok(Written::Unchanged) => {}
+            Ok(_) => info!(file = %self.outputs.subnet_file.display(), %subnets, mtu, "wrote subnet.env"),
+            Err(_) => return,
         }
         self.outputs
             .ready
@@ -547,16 +549,16 @@ impl Turn {
     }
 }
 
-/// Logs a source's trouble when it changes, and not while it lasts.
-fn told(troubles: &mut BTreeMap<&'static str, String>, what: &'static str, trouble: Option<String>) {
-    match trouble {
-        Some(error) if troubles.get(what) != Some(&error) => {
-            error!(error, "{what}");
-            troubles.insert(what, error);
-        }
-        Some(_) => {}
-        None => {
-            troubles.remove(what);
-        }
+/// Logs a trouble, and that it is over; `what` has the words for both.
+fn told(
+    troubles: &mut BTreeMap<&'static str, Repeats>,
+    (what, over): (&'static str, &'static str),
+    trouble: Option<&str>,
+    now: Duration,
+) {
+    match troubles.entry(what).or_default().came(trouble, now) {
+        Came::Unchanged => {}
+        Came::Failed(error, told) => error!(error, times = told.times, seconds = told.seconds, "{what}"),
+        Came::Over(told) => info!(times = told.times, seconds = told.seconds, "{over}"),
     }
 }

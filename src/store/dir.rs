@@ -23,10 +23,12 @@ use tracing::{info, warn};
 
 use super::allocate::{Taken, choose};
 use super::folder::{CONFIG, Folder, Found, Locked, file_name, parse_file_name};
+use super::health::{Half, Said};
 use super::mirror::{Mirror, Own};
 use super::notice::{FolderWatch, Scope};
 use super::{Claim, Health, Held, StoreError, Trouble, format};
 use crate::lease::{BackendData, Lease, Network, NodeName, Roster, Subnets};
+use crate::repeats::{self, Came, Repeats};
 
 /// How long the folder is trusted to report its changes.
 pub const REREAD: Duration = Duration::from_secs(30);
@@ -50,6 +52,9 @@ struct Shared {
     roster: watch::Sender<Roster>,
     config: watch::Sender<Option<String>>,
     health: Mutex<Health>,
+    said: Mutex<Said>,
+    /// Of calls that a file system does not answer.
+    slow: Mutex<Repeats>,
     /// What is being done, and since when.
     pending: Mutex<BTreeMap<u64, (Half, Instant)>>,
 }
@@ -72,13 +77,6 @@ struct Reading {
     replaced: bool,
 }
 
-/// Which half of [`Health`] an outcome belongs to.
-#[derive(Clone, Copy, Debug, Eq, PartialEq)]
-enum Half {
-    Reading,
-    Writing,
-}
-
 impl Dir {
     /// Opens the store in the folder at `path` and reads it whole; to be called in a tokio runtime.
     ///
@@ -90,6 +88,8 @@ impl Dir {
             roster: watch::Sender::new(Roster::default()),
             config: watch::Sender::new(None),
             health: Mutex::default(),
+            said: Mutex::default(),
+            slow: Mutex::default(),
             pending: Mutex::default(),
         });
         // Before the first reading, so that no change falls between.
@@ -187,9 +187,17 @@ impl Shared {
         let ended = match tokio::time::timeout(SLOW, &mut task).await {
             Ok(ended) => ended,
             Err(_) => {
-                warn!(store = %self.path.display(), "the lease store's file system does not answer; going on with what is known");
+                let store = self.path.display();
+                let slow = || self.slow.lock().expect("no holder panics");
+                if let Some(told) = slow().failed("", repeats::now()) {
+                    warn!(%store, times = told.times, seconds = told.seconds,
+                          "the lease store's file system does not answer; going on with what is known");
+                }
                 let ended = task.await;
-                info!(store = %self.path.display(), "the lease store's file system answers again");
+                if let Some(told) = slow().worked(repeats::now()) {
+                    info!(%store, times = told.times, seconds = told.seconds,
+                          "the lease store's file system answers again");
+                }
                 ended
             }
         };
@@ -259,19 +267,23 @@ impl Shared {
             Half::Reading => (&mut health.reading, "read"),
             Half::Writing => (&mut health.writing, "write"),
         };
-        match (error.map(StoreError::chain), trouble.take()) {
-            (Some(error), before) => {
-                if before.as_ref().is_none_or(|before| before.error != error) {
-                    warn!(store = %self.path.display(), error, "can't {what} the lease store; going on with what is known");
-                }
-                *trouble = Some(Trouble {
-                    since: before.map_or_else(Instant::now, |before| before.since),
-                    error,
-                });
+        let (text, store) = (error.map(StoreError::chain), self.path.display());
+        let mut said = self.said.lock().expect("no holder panics");
+        match said.of(half).came(text.as_deref(), repeats::now()) {
+            Came::Unchanged => {}
+            Came::Failed(error, told) => {
+                warn!(%store, error, times = told.times, seconds = told.seconds,
+                      "can't {what} the lease store; going on with what is known");
             }
-            (None, Some(_)) => info!(store = %self.path.display(), "can {what} the lease store again"),
-            (None, None) => {}
+            Came::Over(told) => {
+                info!(%store, times = told.times, seconds = told.seconds, "can {what} the lease store again");
+            }
         }
+        let before = trouble.take();
+        *trouble = text.map(|error| Trouble {
+            error,
+            since: before.map_or_else(Instant::now, |before| before.since),
+        });
     }
 
     fn acquire(&self, node: &NodeName, network: &Network, claim: &Claim) -> Result<Held, StoreError> {

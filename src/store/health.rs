@@ -1,4 +1,4 @@
-//! Whether a store works, and how an outage is told of: at its beginning, every ten minutes, at its end.
+//! Whether a store works, and how an outage is told of.
 
 use std::sync::Mutex;
 use std::time::{Duration, Instant};
@@ -6,9 +6,7 @@ use std::time::{Duration, Instant};
 use tracing::{info, warn};
 
 use super::StoreError;
-
-/// How often an outage that lasts is spoken of again.
-const REMIND: Duration = Duration::from_secs(600);
+use crate::repeats::{self, Came, Repeats};
 
 /// Whether a store works, one answer for reading and one for writing.
 #[derive(Clone, Debug, Default, Eq, PartialEq)]
@@ -36,7 +34,7 @@ impl Trouble {
 }
 
 /// Which half of [`Health`] an outcome belongs to.
-#[derive(Clone, Copy)]
+#[derive(Clone, Copy, Debug, Eq, PartialEq)]
 pub(super) enum Half {
     Reading,
     Writing,
@@ -48,8 +46,23 @@ pub(super) struct Pulse {
     /// The server's name in the log.
     server: &'static str,
     health: Mutex<Health>,
-    /// When an outage was last spoken of.
-    said: Mutex<Option<Instant>>,
+    said: Mutex<Said>,
+}
+
+/// What was said of each half.
+#[derive(Debug, Default)]
+pub(super) struct Said {
+    reading: Repeats,
+    writing: Repeats,
+}
+
+impl Said {
+    pub(super) fn of(&mut self, half: Half) -> &mut Repeats {
+        match half {
+            Half::Reading => &mut self.reading,
+            Half::Writing => &mut self.writing,
+        }
+    }
 }
 
 impl Pulse {
@@ -73,23 +86,24 @@ impl Pulse {
             Half::Reading => &mut health.reading,
             Half::Writing => &mut health.writing,
         };
-        match error {
-            None => {
-                if trouble.take().is_some() {
-                    info!("{server} answers again");
-                }
+        let text = error.map(StoreError::chain);
+        let mut said = self.said.lock().expect("no holder panics");
+        match said.of(half).came(text.as_deref(), repeats::now()) {
+            Came::Unchanged => {}
+            Came::Failed(error, told) => {
+                warn!(
+                    error,
+                    times = told.times,
+                    seconds = told.seconds,
+                    "{server}: going on with what is known"
+                );
             }
-            Some(error) => {
-                let (text, now) = (error.chain(), Instant::now());
-                let mut said = self.said.lock().expect("no holder panics");
-                let recently = said.is_some_and(|said| now.duration_since(said) < REMIND);
-                if trouble.is_none() || !recently {
-                    warn!(error = text, "{server}: going on with what is known");
-                    *said = Some(now);
-                }
-                let since = trouble.as_ref().map_or(now, |trouble| trouble.since);
-                *trouble = Some(Trouble { error: text, since });
-            }
+            Came::Over(told) => info!(times = told.times, seconds = told.seconds, "{server} answers again"),
         }
+        let before = trouble.take();
+        *trouble = text.map(|error| Trouble {
+            error,
+            since: before.map_or_else(Instant::now, |before| before.since),
+        });
     }
 }

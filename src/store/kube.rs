@@ -43,6 +43,7 @@ use tracing::warn;
 use super::health::{Half, Pulse};
 use super::{Health, Held, StoreError};
 use crate::lease::{Addresses, Completeness, Lease, Network, NoSlot, NodeName, Roster, Subnets};
+use crate::repeats::{self, Repeats};
 pub use condition::Datapath;
 pub use connect::{Access, Own};
 use connect::{Connector, Failure, Spec};
@@ -120,6 +121,7 @@ struct State {
     written: Option<Notes>,
     /// When another hand's annotations were last overwritten.
     overwrote: Option<Instant>,
+    contested: Repeats,
     /// What is wrong with the operator's wishes, as it was last logged.
     odd: Vec<String>,
 }
@@ -419,7 +421,10 @@ impl Shared {
             });
         }
         state.overwrote = Some(now);
-        warn!(node = %self.own, "another hand changed this Node's annotations; they are put back");
+        if let Some(told) = state.contested.failed("", repeats::now()) {
+            warn!(node = %self.own, times = told.times, seconds = told.seconds,
+                  "another hand changed this Node's annotations; they are put back");
+        }
         Ok(())
     }
 

@@ -11,11 +11,12 @@ use kube::api::{ObjectMeta, Patch, PatchParams, PostParams};
 use serde_json::json;
 use tokio::sync::watch;
 use tokio::time::{Instant, sleep_until};
-use tracing::{debug, warn};
+use tracing::{debug, info, warn};
 
 use super::connect::Failure;
 use super::news::{News, Next, Said, Troubles};
 use super::{FIRST, MANAGER, SPREAD, Shared};
+use crate::repeats::Repeats;
 use crate::store::StoreError;
 use crate::store::jitter::{jittered, random_byte};
 
@@ -29,15 +30,23 @@ const NAME: usize = 220;
 /// Tells of `troubles` as they come and go, for ever.
 pub(super) async fn tell(shared: &Shared, mut troubles: watch::Receiver<Troubles>) {
     let (began, mut said) = (Instant::now(), Said::default());
-    let (mut wait, mut failing) = (FIRST, None);
+    let (mut wait, mut failing) = (FIRST, Repeats::default());
     loop {
         let now = troubles.borrow_and_update().clone();
+        let mut waiting = false;
         let due = match said.next(&now, began.elapsed()) {
             Next::Wait(at) => at.map(|at| began + at),
             Next::Say(news) => match say(shared, &news).await {
                 Ok((name, count)) => {
                     said.said(news, name, count, began.elapsed());
-                    (wait, failing) = (FIRST, None);
+                    wait = FIRST;
+                    if let Some(told) = failing.worked(began.elapsed()) {
+                        info!(
+                            times = told.times,
+                            seconds = told.seconds,
+                            "Events can be written again"
+                        );
+                    }
                     continue;
                 }
                 Err(Failure { error, .. }) => {
@@ -45,10 +54,18 @@ pub(super) async fn tell(shared: &Shared, mut troubles: watch::Receiver<Troubles
                     match error {
                         // The store says that it is away.
                         StoreError::KubeAway { .. } => debug!(error = text, "an Event waits"),
-                        _ if failing.as_ref() == Some(&text) => {}
-                        _ => warn!(error = text, "an Event can't be written; trying again now and then"),
+                        _ => {
+                            if let Some(told) = failing.failed(&text, began.elapsed()) {
+                                warn!(
+                                    error = text,
+                                    times = told.times,
+                                    seconds = told.seconds,
+                                    "an Event can't be written; trying again now and then"
+                                );
+                            }
+                        }
                     }
-                    failing = Some(text);
+                    waiting = true;
                     wait = (wait * 2).min(SLOWEST);
                     Some(Instant::now() + jittered(wait, SPREAD))
                 }
@@ -63,7 +80,7 @@ pub(super) async fn tell(shared: &Shared, mut troubles: watch::Receiver<Troubles
         tokio::select! {
             () = pause => {}
             // After a failure the wait is kept, whatever happens meanwhile.
-            changed = troubles.changed(), if failing.is_none() => if changed.is_err() { return },
+            changed = troubles.changed(), if !waiting => if changed.is_err() { return },
         }
     }
 }
