@@ -394,7 +394,10 @@ pub trait Datapath {
     /// Whether the packet filter tells of changes by itself.
     fn filter_tells(&self) -> bool;
 
-    /// The counters of our SAs, by id.
+    /// Whether the kernel answers: the smallest of requests.
+    fn answers(&mut self) -> Result<(), WriteError>;
+
+    /// The counters of our SAs, by id: a dump of all SAs.
     fn counters(&mut self) -> Result<BTreeMap<SaId, Counters>, WriteError>;
 }
 

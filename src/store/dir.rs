@@ -255,10 +255,16 @@ impl Shared {
     /// Keeps the health, and says once what changed in it.
     fn note(&self, half: Half, error: Option<&StoreError>) {
         let mut health = self.health();
-        let (trouble, what) = match half {
-            Half::Reading => (&mut health.reading, "read"),
-            Half::Writing => (&mut health.writing, "write"),
+        let Health {
+            reading,
+            writing,
+            failures,
+        } = &mut *health;
+        let (trouble, failures, what) = match half {
+            Half::Reading => (reading, &mut failures.reading, "read"),
+            Half::Writing => (writing, &mut failures.writing, "write"),
         };
+        *failures += u64::from(error.is_some());
         match (error.map(StoreError::chain), trouble.take()) {
             (Some(error), before) => {
                 if before.as_ref().is_none_or(|before| before.error != error) {
