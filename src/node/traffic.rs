@@ -171,7 +171,7 @@ mod tests {
                     2 => &b,
                     _ => return None,
                 },
-                sends: id.spi % 10 == 0,
+                sends: id.spi.is_multiple_of(10),
             })
         };
         let mut traffic = Traffic::default();

@@ -53,3 +53,41 @@ fn a_peers_name_can_not_add_a_series() {
         "{text}"
     );
 }
+
+/// Measures with so many peers, each with all that there can be of one.
+fn crowd(peers: usize) -> Measures {
+    let mut measures = measures();
+    let (one, carried) = (measures.report.peers[0].clone(), measures.carried);
+    let generation = *measures.generations.values().next().expect("one");
+    measures.report.peers.clear();
+    for number in 0..peers {
+        let name = format!(
+            "ip-10-0-{}-{}.eu-central-1.compute.internal",
+            number / 256,
+            number % 256
+        );
+        let node = NodeName::new(&name).expect("a name");
+        measures.traffic.insert(node.clone(), carried);
+        measures.generations.insert(node, generation);
+        measures.report.peers.push(crate::node::report::PeerReport {
+            node: name,
+            ..one.clone()
+        });
+    }
+    measures
+}
+
+/// With names as long as a cloud's; the time is printed for README's figures.
+#[test]
+fn a_peer_adds_few_bytes_and_none_where_single_peers_are_left_out() {
+    let size = |peers, per_peer| {
+        let (measures, began) = (crowd(peers), std::time::Instant::now());
+        let size = text(Some(measures), host(), per_peer).len();
+        println!("{peers} peers, {per_peer:?}: {size} bytes in {:?}", began.elapsed());
+        size
+    };
+    let (few, many) = (size(1000, PerPeer::Shown), size(5000, PerPeer::Shown));
+    assert!((many - few) / 4000 < 1200, "{} bytes a peer", (many - few) / 4000);
+    let (few, many) = (size(1000, PerPeer::Hidden), size(5000, PerPeer::Hidden));
+    assert!(few < 20_000 && many - few < 200, "{few} and {many} bytes");
+}
