@@ -268,7 +268,7 @@ fn what_another_hand_did_is_counted_when_it_is_put_right_and_what_the_node_does_
         mesh.settle();
         let after = tally(&mesh);
         assert!(after.repaired > before.repaired, "{key}");
-        assert!(after.passes > before.passes && after.writes >= before.writes + 1);
+        assert!(after.passes > before.passes && after.writes > before.writes);
     }
     // An SA is never made again: a new epoch follows.
     let before = tally(&mesh).repaired;
