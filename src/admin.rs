@@ -36,7 +36,7 @@ use crate::lease::{Lease, NodeName};
 use crate::node::report::Report;
 use crate::repeats::{self, Repeats};
 
-use metrics::Measures;
+use metrics::{Measures, Vitals};
 
 pub use client::{AskError, ask};
 pub use listen::{ListenError, Listener, listen};
@@ -93,7 +93,12 @@ pub enum Command {
         /// Takes the new epoch once it has begun, or why none can begin, with the remedy.
         reply: oneshot::Sender<Result<Rotation, String>>,
     },
-    /// What health and metrics are made of. Not asked over the socket.
+    /// What health is made of, which costs the same for any number of peers. Not asked over the socket.
+    Health {
+        /// Takes it.
+        reply: oneshot::Sender<Vitals>,
+    },
+    /// What metrics are made of. Not asked over the socket.
     Measure {
         /// Takes it.
         reply: oneshot::Sender<Measures>,

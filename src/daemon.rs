@@ -4,6 +4,7 @@
 //! socket. The loop ([`turn`]) holds the kernel. They share latest values ([`tokio::sync::watch`]) and nothing else.
 
 mod answer;
+mod books;
 mod extension;
 pub mod manager;
 mod sockets;
@@ -20,6 +21,7 @@ use tokio::signal::unix::{SignalKind, signal};
 use tokio::sync::{mpsc, oneshot, watch};
 use tracing::{info, warn};
 
+use crate::admin::metrics::PerPeer;
 use crate::admin::{self, Remembered, RememberedEtcd, RememberedKube, Single, http};
 use crate::backend::{Plain, vxlan};
 use crate::config::flags::Environment;
@@ -73,9 +75,14 @@ async fn start(flags: &Flags, manager: Manager, kept: Kept) -> Result<(), StartE
     }
     let _single = Single::claim(&flags.run_dir).context("be this node's only daemon")?;
     let way = http::Loop::default();
+    let per_peer = if flags.metrics_peers {
+        PerPeer::Shown
+    } else {
+        PerPeer::Hidden
+    };
     for address in flags.http() {
         let listener = http::bind(address).await.map_err(anyhow::Error::from)?;
-        tokio::spawn(http::serve(listener, way.clone()));
+        tokio::spawn(http::serve(listener, way.clone(), per_peer));
     }
     let chosen = flags.store().map_err(|e| wrong(e.into()))?;
     let mut flags = flags.clone();

@@ -14,6 +14,7 @@ pub mod netlink;
 pub mod nft;
 mod offload;
 pub mod sysctl;
+pub mod xfrm_errors;
 
 use std::collections::BTreeMap;
 use std::fmt;
@@ -403,7 +404,10 @@ pub trait Datapath {
     /// Whether the packet filter tells of changes by itself.
     fn filter_tells(&self) -> bool;
 
-    /// The counters of our SAs, by id.
+    /// Whether the kernel answers: the smallest of requests.
+    fn answers(&mut self) -> Result<(), WriteError>;
+
+    /// The counters of our SAs, by id: a dump of all SAs.
     fn counters(&mut self) -> Result<BTreeMap<SaId, Counters>, WriteError>;
 }
 

@@ -52,6 +52,7 @@ pub mod cni;
 pub mod config;
 pub mod daemon;
 pub mod epochs;
+pub mod histogram;
 pub mod kernel;
 pub mod lease;
 pub mod node;

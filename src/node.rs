@@ -21,6 +21,7 @@ use crate::backend::Plain;
 use crate::backend::ipsec::Soft;
 use crate::carrier::Choice;
 use crate::epochs::{Generation, Inherited, Pair, Rollback};
+use crate::histogram::Histogram;
 use crate::kernel::{Objects, Scope};
 use crate::lease::{BackendData, Lease, NodeName, Subnets};
 use crate::packed::pack;
@@ -36,7 +37,9 @@ mod plan;
 mod probes;
 mod psks;
 pub mod report;
+mod rotations;
 mod settings;
+mod traffic;
 mod vanished;
 
 use left::{Leftover, leftovers};
@@ -46,7 +49,9 @@ use pace::Pace;
 pub use psks::PskReport;
 use psks::Psks;
 pub(crate) use psks::some;
+pub use rotations::Rotations;
 pub use settings::Settings;
+pub use traffic::{Carried, End, Flow, Headroom, Traffic};
 
 /// One life of our ephemeral key.
 #[derive(Debug)]
@@ -187,6 +192,8 @@ pub struct Node {
     /// What an unencrypted backend keeps.
     open: plain::Leased,
     ticket: u64,
+    /// The round trips of all answered probes, seconds.
+    answered: Histogram,
     tidied: Duration,
     dirty: BTreeSet<Scope>,
 }
@@ -211,6 +218,7 @@ impl Node {
             pace: Pace::default(),
             open: plain::Leased::of(left),
             ticket: 0,
+            answered: Histogram::new(probes::ROUND_TRIPS),
             tidied: Duration::ZERO,
             dirty: BTreeSet::from([Scope::Node]),
         };

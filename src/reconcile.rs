@@ -20,7 +20,8 @@ use crate::kernel::{
     Counters, Datapath, Event, Key, Kind, Look, Object, Objects, Op, Scope, Write, WriteError, diff, order, reqid_slot,
 };
 use crate::lease::Completeness;
-use crate::node::{Cause, Datagram, Node, some};
+use crate::node::report::Report;
+use crate::node::{Cause, Datagram, End, Headroom, Node, Traffic, some};
 use crate::repeats::{self, Came, Each, Repeats, Told};
 
 use ledger::Ledger;
@@ -106,7 +107,22 @@ pub struct Reconciler<D> {
     complete: bool,
     stale: bool,
     reread: Reread,
-    writes: u64,
+    /// What another hand changed or took, until it is put right; without SAs, which a new epoch replaces.
+    drifted: BTreeSet<Key>,
+    tally: Tally,
+}
+
+/// What a reconciler has done since it began.
+#[derive(Clone, Copy, Debug, Default, Eq, PartialEq)]
+pub struct Tally {
+    /// Passes that had something to plan.
+    pub passes: u64,
+    /// Operations given to the kernel.
+    pub writes: u64,
+    /// Of those, which the kernel did not carry out, or may not have.
+    pub failures: u64,
+    /// Objects that another hand had changed, made or taken, and that are as they should be again.
+    pub repaired: u64,
 }
 
 impl<D: Datapath> Reconciler<D> {
@@ -123,7 +139,8 @@ impl<D: Datapath> Reconciler<D> {
             stale: false,
             reread: Reread::default(),
             said: Said::default(),
-            writes: 0,
+            drifted: BTreeSet::new(),
+            tally: Tally::default(),
         })
     }
 
@@ -170,7 +187,17 @@ impl<D: Datapath> Reconciler<D> {
 
     /// How many operations were written so far.
     pub fn writes(&self) -> u64 {
-        self.writes
+        self.tally.writes
+    }
+
+    /// What was done so far.
+    pub fn tally(&self) -> Tally {
+        self.tally
+    }
+
+    /// Whether the kernel answers: one small request, however many peers there are.
+    pub fn answers(&mut self) -> Result<(), WriteError> {
+        self.kernel.answers()
     }
 
     /// What every scope wants now.
@@ -187,7 +214,12 @@ impl<D: Datapath> Reconciler<D> {
             .map(|(scope, failing)| (scope, failing.error.as_str()))
     }
 
-    /// The counters of our SAs.
+    /// Why a scope fails at present, if it does.
+    pub fn failure(&self, scope: &Scope) -> Option<&str> {
+        self.failing.get(scope).map(|failing| failing.error.as_str())
+    }
+
+    /// The counters of our SAs: one dump.
     pub fn counters(&mut self) -> BTreeMap<SaId, Counters> {
         let counters = self.kernel.counters();
         let error = counters.as_ref().err().map(ToString::to_string);
@@ -208,6 +240,29 @@ impl<D: Datapath> Reconciler<D> {
             ),
         }
         counters.unwrap_or_default()
+    }
+
+    /// How the node and its peers stand at `now`, and how near its SAs are to their limits, with what they carried taken
+    /// into `traffic`. One dump. `opened` is when `traffic` was new, seconds since 1970.
+    pub fn read(&mut self, traffic: &mut Traffic, opened: u64, now: Duration) -> (Report, Option<Headroom>) {
+        let counters = self.counters();
+        let report = self.node.report(&counters, now);
+        let headroom = Headroom::of(self.ledger.objects(), &counters);
+        traffic.read(counters, opened, |id| self.end(id));
+        traffic.keep(|name| self.node.knows(name));
+        (report, headroom)
+    }
+
+    /// The other end of an SA that a peer's scope has.
+    fn end(&self, id: &SaId) -> Option<End<'_>> {
+        let Some(Scope::Peer(peer)) = self.ledger.owner(&Key::Sa(*id)) else {
+            return None;
+        };
+        let sender = Spi(id.spi).parts().ok()?.slot;
+        Some(End {
+            peer,
+            sends: Some(sender) == self.node.slot(),
+        })
     }
 
     /// When the next pass has something to do of its own accord.
@@ -329,6 +384,9 @@ impl<D: Datapath> Reconciler<D> {
     fn touched(&mut self, key: &Key) {
         let scope = self.ledger.owner(key).cloned().unwrap_or(Scope::Orphans);
         self.node.mark(scope);
+        if key.kind() != Kind::Sa {
+            self.drifted.insert(key.clone());
+        }
     }
 
     /// Reads the kernel anew and takes every difference as noticed.
@@ -483,13 +541,14 @@ impl<D: Datapath> Reconciler<D> {
             self.node.mark(scope);
         }
         let mut tried = BTreeSet::new();
-        for _ in 0..ROUNDS {
+        for round in 0..ROUNDS {
             let mut scopes = self.node.take_dirty();
             // What failed in this pass waits for its time.
             scopes.retain(|scope| !tried.contains(scope));
             if scopes.is_empty() {
                 break;
             }
+            self.tally.passes += u64::from(round == 0);
             let mut ops = Vec::new();
             for scope in &scopes {
                 ops.extend(self.plan(scope).into_iter().map(|op| (scope.clone(), op)));
@@ -503,6 +562,10 @@ impl<D: Datapath> Reconciler<D> {
             let guardless = self.failing.contains_key(&Scope::Node) && !scopes.contains(&Scope::Node);
             let failed = self.write(order(ops), guardless, now);
             self.settle(&scopes, failed, now, &mut tried);
+        }
+        if self.failing.is_empty() {
+            // What is left is no longer wanted.
+            self.drifted.clear();
         }
     }
 
@@ -593,12 +656,13 @@ impl<D: Datapath> Reconciler<D> {
             if batch.is_empty() {
                 continue;
             }
-            self.writes += batch.len() as u64;
+            self.tally.writes += batch.len() as u64;
             let results = self.kernel.apply(run.0, &mut batch);
             for ((scope, Write { op, secret }), result) in scopes.drain(..).zip(batch.drain(..)).zip(results) {
                 match result {
                     Ok(()) => self.written(&scope, op, now),
                     Err(error) => {
+                        self.tally.failures += 1;
                         let why = chain(&error);
                         self.unwritten(&scope, &op, &error, secret);
                         failed.entry(scope).or_insert(why);
@@ -641,6 +705,7 @@ impl<D: Datapath> Reconciler<D> {
 
     fn written(&mut self, scope: &Scope, op: Op, now: Duration) {
         debug!(%scope, %op, "done");
+        self.tally.repaired += u64::from(self.drifted.remove(op.key()));
         match op {
             Op::Make(key, object) | Op::Change(key, object) => {
                 if let (Key::Sa(id), Object::Sa { born: Some(born), .. }, Scope::Peer(name)) = (&key, &object, scope) {

@@ -34,7 +34,7 @@ use tokio::sync::watch;
 use crate::lease::{Addresses, Lease, Network, NoSlot, NodeName, Roster, Subnets};
 use dir::Dir;
 use etcd::{Access, Etcd, Lifetime};
-pub use health::{Health, Trouble};
+pub use health::{Failures, Health, Trouble};
 use kube::Kube;
 
 /// A store of leases. Cheap to clone; the last clone to go stops the watching.

@@ -5,7 +5,8 @@ mod sim;
 use std::time::Duration;
 
 use ringmail::kernel::{Guard, Key, Kind};
-use ringmail::node::Cause;
+use ringmail::node::report::PeerReport;
+use ringmail::node::{Cause, Rotations, Traffic};
 use sim::kernel::Fault;
 use sim::make::Families;
 use sim::mesh::Mesh;
@@ -178,4 +179,101 @@ fn no_peer_is_opened_while_the_guard_can_not_be_made() {
         assert!((8..40).contains(&tries), "tried {tries} times in two minutes");
     });
     mesh.settle();
+}
+
+/// What the daemon's probes and its metrics cost the kernel.
+#[test]
+fn health_asks_the_kernel_one_question_and_metrics_take_one_dump_whatever_the_number_of_peers() {
+    for nodes in [2, 7] {
+        let mut mesh = Mesh::settled("questions", Families::V4, nodes);
+        let kernel = mesh.members[0].kernel.clone();
+        let asked = || kernel.look(|machine| (machine.questions, machine.dumps));
+        let clock = mesh.now;
+        let process = mesh.members[0].process.as_mut().expect("it runs");
+        let (questions, dumps) = asked();
+        process.reconciler.answers().expect("it answers");
+        assert!(process.reconciler.node.lacks().is_empty());
+        assert_eq!(asked(), (questions + 1, dumps), "health");
+        let mut traffic = Traffic::default();
+        let (report, headroom) = process.reconciler.read(&mut traffic, 0, clock - process.began);
+        assert_eq!(asked(), (questions + 1, dumps + 1), "metrics");
+        // The kernel of this world has it that each SA has carried a packet more than the one before.
+        assert_eq!(report.peers.len(), nodes as usize - 1);
+        assert_eq!(traffic.peers().len(), nodes as usize - 1);
+        let all = traffic.all();
+        assert!(all.sent.packets > 0 && all.received.packets > 0);
+        let shown = |way: fn(&PeerReport) -> u64| report.peers.iter().map(way).sum::<u64>();
+        assert_eq!(all.sent.packets, shown(|peer| peer.packets_out));
+        assert_eq!(all.received.packets, shown(|peer| peer.packets_in));
+        let headroom = headroom.expect("there are SAs");
+        assert!(
+            (0.0..1.0).contains(&headroom.spent) && headroom.packets > 1 << 32,
+            "{headroom:?}"
+        );
+    }
+}
+
+#[test]
+fn a_rotation_is_over_when_all_data_is_on_the_new_epoch() {
+    let mut mesh = Mesh::settled("rotations", Families::V4, 4);
+    let mut rotations = Rotations::default();
+    mesh.rotate(0, Cause::Asked);
+    let began = mesh.members[0].process.as_ref().expect("it runs").began;
+    let at = |mesh: &Mesh| mesh.now - began;
+    let old = {
+        let process = mesh.members[0].process.as_ref().expect("it runs");
+        rotations.began(Cause::Asked, &process.reconciler.node, at(&mesh));
+        process.reconciler.node.epoch()
+    };
+    let mut steps = 0;
+    while rotations.took.count() == 0 {
+        let process = mesh.members[0].process.as_ref().expect("it runs");
+        let moved = process
+            .reconciler
+            .node
+            .generations()
+            .filter(|(_, on)| Some(on.sender) == old)
+            .count();
+        rotations.look(&process.reconciler.node, at(&mesh));
+        assert_eq!(rotations.took.count(), u64::from(moved == 3), "{moved} of 3 have moved");
+        mesh.run(Duration::from_millis(1));
+        steps += 1;
+        assert!(steps < 10_000, "it is never over");
+    }
+    assert!(steps > 1, "it took no time");
+    // One that nobody follows is given up when the next begins.
+    for _ in 0..2 {
+        mesh.rotate(0, Cause::Asked);
+        let process = mesh.members[0].process.as_ref().expect("it runs");
+        rotations.began(Cause::Asked, &process.reconciler.node, at(&mesh));
+    }
+    assert_eq!((rotations.took.count(), rotations.unfinished), (1, 1));
+    assert_eq!(rotations.begun, [(Cause::Asked, 3)].into());
+    mesh.settle();
+}
+
+#[test]
+fn what_another_hand_did_is_counted_when_it_is_put_right_and_what_the_node_does_is_not() {
+    let mut mesh = Mesh::settled("drift", Families::V4, 2);
+    let tally = |mesh: &Mesh| mesh.members[0].process.as_ref().expect("it runs").reconciler.tally();
+    mesh.rotate(0, Cause::Asked);
+    mesh.settle();
+    assert_eq!(tally(&mesh).repaired, 0, "rotations are no drift");
+    let kernel = mesh.members[0].kernel.clone();
+    for kind in [Kind::Policy, Kind::Route, Kind::Link] {
+        let key = kernel.look(|machine| machine.objects.keys().find(|key| key.kind() == kind).cloned());
+        let key = key.expect("there are some");
+        let before = tally(&mesh);
+        mesh.hurt(0, |kernel| kernel.remove_by_hand(&key));
+        mesh.settle();
+        let after = tally(&mesh);
+        assert!(after.repaired > before.repaired, "{key}");
+        assert!(after.passes > before.passes && after.writes > before.writes);
+    }
+    // An SA is never made again: a new epoch follows.
+    let before = tally(&mesh).repaired;
+    let sa = kernel.look(|machine| machine.objects.keys().find(|key| key.kind() == Kind::Sa).cloned());
+    mesh.hurt(0, |kernel| kernel.remove_by_hand(&sa.expect("there are some")));
+    mesh.settle();
+    assert_eq!(tally(&mesh).repaired, before);
 }

@@ -1,7 +1,8 @@
 //! What others may ask without rights: `/healthz`, `/readyz` and `/metrics` over plain HTTP, in flannel's places.
 //!
 //! ```text
-//!  kubelet, Prometheus ── GET ──▶ listener ── Command::Measure ──▶ the daemon's loop
+//!  kubelet ───── GET /healthz, /readyz ──▶ listener ── Command::Health ───▶ the daemon's loop
+//!  Prometheus ── GET /metrics ───────────▶          ── Command::Measure ──▶
 //! ```
 //!
 //! It answers from the daemon's first moment on, so that a probe does not end a daemon that waits for its store. Healthy is
@@ -25,7 +26,7 @@ use tokio::time::timeout;
 use tracing::{debug, warn};
 
 use super::Command;
-use super::metrics::{self, Host, Measures};
+use super::metrics::{self, Host, PerPeer, Vitals};
 use crate::repeats::{self, Repeats};
 use crate::store::kube::Datapath;
 
@@ -39,6 +40,8 @@ const HEAD: Duration = Duration::from_secs(5);
 const TURN: Duration = Duration::from_secs(10);
 /// OpenMetrics 1.0, which Prometheus asks for and reads.
 const METRICS: &str = "application/openmetrics-text; version=1.0.0; charset=utf-8";
+/// What is said while there is no loop yet.
+const STARTING: &str = "starting: waiting for the store, the configuration or the uplink";
 
 /// An address that can't be listened at.
 #[derive(Debug, thiserror::Error)]
@@ -61,7 +64,7 @@ pub async fn bind(address: SocketAddr) -> Result<TcpListener, HttpError> {
 }
 
 /// Serves until it is dropped.
-pub async fn serve(listener: TcpListener, way: Loop) {
+pub async fn serve(listener: TcpListener, way: Loop, per_peer: PerPeer) {
     let (slots, mut failing) = (Arc::new(Semaphore::new(CLIENTS)), Repeats::default());
     loop {
         let slot = slots
@@ -83,7 +86,7 @@ pub async fn serve(listener: TcpListener, way: Loop) {
         let way = way.clone();
         tokio::spawn(async move {
             let _slot = slot;
-            let service = service_fn(|request| answer(request, &way));
+            let service = service_fn(|request| answer(request, &way, per_peer));
             let mut server = http1::Builder::new();
             server
                 .timer(TokioTimer::new())
@@ -99,7 +102,11 @@ pub async fn serve(listener: TcpListener, way: Loop) {
     }
 }
 
-async fn answer(request: Request<Incoming>, way: &Loop) -> Result<Response<Full<Bytes>>, Infallible> {
+async fn answer(
+    request: Request<Incoming>,
+    way: &Loop,
+    per_peer: PerPeer,
+) -> Result<Response<Full<Bytes>>, Infallible> {
     if ![Method::GET, Method::HEAD].contains(request.method()) {
         let mut refused = text(StatusCode::METHOD_NOT_ALLOWED, "GET is what is answered here");
         refused
@@ -107,23 +114,19 @@ async fn answer(request: Request<Incoming>, way: &Loop) -> Result<Response<Full<
             .insert(ALLOW, HeaderValue::from_static("GET, HEAD"));
         return Ok(refused);
     }
-    let path = request.uri().path();
-    if !["/healthz", "/readyz", "/metrics"].contains(&path) {
-        return Ok(text(StatusCode::NOT_FOUND, "/healthz, /readyz and /metrics are here"));
-    }
-    let measured = measure(way).await;
-    if path == "/metrics" {
-        let measures = measured.as_ref().ok().and_then(Option::as_ref);
-        let mut response = Response::new(Full::from(metrics::text(measures, &Host::read())));
-        response
-            .headers_mut()
-            .insert(CONTENT_TYPE, HeaderValue::from_static(METRICS));
-        return Ok(response);
-    }
-    let (well, why) = if path == "/healthz" {
-        healthy(&measured)
-    } else {
-        ready(&measured)
+    let vitals = ask(way, |reply| Command::Health { reply });
+    let (well, why) = match request.uri().path() {
+        "/healthz" => healthy(vitals.await),
+        "/readyz" => ready(vitals.await),
+        "/metrics" => {
+            let measures = ask(way, |reply| Command::Measure { reply }).await.ok().flatten();
+            let mut response = Response::new(Full::from(metrics::text(measures, Host::read(), per_peer)));
+            response
+                .headers_mut()
+                .insert(CONTENT_TYPE, HeaderValue::from_static(METRICS));
+            return Ok(response);
+        }
+        _ => return Ok(text(StatusCode::NOT_FOUND, "/healthz, /readyz and /metrics are here")),
     };
     let status = if well {
         StatusCode::OK
@@ -134,48 +137,39 @@ async fn answer(request: Request<Incoming>, way: &Loop) -> Result<Response<Full<
 }
 
 /// What the loop tells; `None` while there is none yet. An error where it does not answer.
-async fn measure(way: &Loop) -> Result<Option<Measures>, String> {
+async fn ask<T>(way: &Loop, command: impl FnOnce(oneshot::Sender<T>) -> Command) -> Result<Option<T>, String> {
     let Some(commands) = way.get() else { return Ok(None) };
     let (reply, told) = oneshot::channel();
     let asked = async {
-        commands.send(Command::Measure { reply }).await.ok()?;
+        commands.send(command(reply)).await.ok()?;
         told.await.ok()
     };
     match timeout(TURN, asked).await {
-        Ok(Some(measures)) => Ok(Some(measures)),
+        Ok(Some(told)) => Ok(Some(told)),
         Ok(None) => Err("the daemon's loop has ended".into()),
         Err(_) => Err(format!("the daemon's loop has not answered for {} s", TURN.as_secs())),
     }
 }
 
 /// Whether a restart would not help, and the body's line.
-fn healthy(measured: &Result<Option<Measures>, String>) -> (bool, String) {
-    match measured {
-        Ok(None) => (
-            true,
-            "starting: waiting for the store, the configuration or the uplink".into(),
-        ),
-        Ok(Some(Measures { kernel: Err(why), .. })) | Err(why) => (false, why.clone()),
+fn healthy(vitals: Result<Option<Vitals>, String>) -> (bool, String) {
+    match vitals {
+        Ok(None) => (true, STARTING.into()),
+        Ok(Some(Vitals { kernel: Err(why), .. })) | Err(why) => (false, why),
         Ok(Some(_)) => (true, "the loop turns and the kernel answers".into()),
     }
 }
 
 /// Whether pods have a network here, and the body's line.
-fn ready(measured: &Result<Option<Measures>, String>) -> (bool, String) {
-    match measured {
-        Ok(None) => (
-            false,
-            "starting: waiting for the store, the configuration or the uplink".into(),
-        ),
-        Ok(Some(measures)) => match &measures.datapath {
+fn ready(vitals: Result<Option<Vitals>, String>) -> (bool, String) {
+    match vitals {
+        Ok(None) => (false, STARTING.into()),
+        Ok(Some(Vitals { datapath, problems, .. })) => match datapath {
             Datapath::Works => (true, "ready: lease held, datapath in order, subnet.env written".into()),
-            Datapath::Broken(why) => (false, why.clone()),
-            Datapath::Starting => {
-                let problems = measures.report.problems.join("; ");
-                (false, format!("not ready yet: {problems}"))
-            }
+            Datapath::Broken(why) => (false, why),
+            Datapath::Starting => (false, format!("not ready yet: {}", problems.join("; "))),
         },
-        Err(why) => (false, why.clone()),
+        Err(why) => (false, why),
     }
 }
 

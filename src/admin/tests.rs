@@ -62,6 +62,7 @@ impl Server {
                             // The loop that hangs, and the loop that drops what it was asked.
                             Command::Audit { reply } => unanswered.push(reply),
                             Command::Leases { reply } => drop(reply),
+                            Command::Health { reply } => drop(reply),
                             Command::Measure { reply } => drop(reply),
                         }
                     }

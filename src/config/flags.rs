@@ -46,6 +46,10 @@ pub struct Flags {
     /// Serve /metrics, /healthz and /readyz at this address and port.
     #[arg(long, value_name = "ADDR:PORT", value_parser = socket)]
     pub metrics: Option<SocketAddr>,
+    /// Write series of single peers too, eleven a peer.
+    #[arg(long, num_args = 0..=1, require_equals = true, default_value = "true", default_missing_value = "true",
+        action = ArgAction::Set, value_parser = boolean)]
+    pub metrics_peers: bool,
 
     /// etcd's addresses, separated by commas.
     #[arg(long, value_name = "URLS", default_value = ETCD_ENDPOINTS)]
@@ -458,7 +462,7 @@ pub(super) fn variable(flag: &str) -> Option<String> {
     match flag {
         "node-name" => Some("NODE_NAME".into()),
         // Images carry FLANNELD_VERSION for other ends.
-        "lease-dir" | "psk-file" | "psk-secret" | "run-dir" | "metrics" | "version" | "help" => None,
+        "lease-dir" | "psk-file" | "psk-secret" | "run-dir" | "metrics" | "metrics-peers" | "version" | "help" => None,
         _ => Some(format!("FLANNELD_{}", flag.to_ascii_uppercase().replace('-', "_"))),
     }
 }

@@ -29,6 +29,7 @@ pub fn effective(flags: &Flags, conf: &NetConf) -> Value {
         "subnet_file": path(&flags.subnet_file),
         "net_config_path": path(&flags.net_config_path),
         "metrics": flags.metrics.map(|address| address.to_string()),
+        "metrics-peers": flags.metrics_peers,
         "ip_masq": flags.ip_masq,
         "uplink": {
             "iface": list(flags.iface.iter().map(ToString::to_string).collect()),

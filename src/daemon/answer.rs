@@ -6,7 +6,7 @@ use std::time::Instant;
 use tracing::debug;
 
 use super::turn::Turn;
-use crate::admin::metrics::Measures;
+use crate::admin::metrics::{Measures, Vitals};
 use crate::admin::{Command, LeaseReport, Leases, Rotation};
 use crate::audit::{Audit, Directory, audit};
 use crate::backend::Plain;
@@ -22,6 +22,7 @@ pub(super) fn answer(turn: &mut Turn, command: Command) {
         Command::Status { reply } => reply.send(status(turn)).is_err(),
         Command::Audit { reply } => reply.send(compare(turn)).is_err(),
         Command::Rotate { reply } => reply.send(rotate(turn)).is_err(),
+        Command::Health { reply } => reply.send(vitals(turn)).is_err(),
         Command::Measure { reply } => reply.send(measure(turn)).is_err(),
         Command::Leases { reply } => reply.send(leases(turn)).is_err(),
     };
@@ -31,8 +32,13 @@ pub(super) fn answer(turn: &mut Turn, command: Command) {
 }
 
 fn status(turn: &mut Turn) -> Report {
-    let counters = turn.reconciler.counters();
-    let mut report = turn.reconciler.node.report(&counters, turn.now());
+    let (counters, now) = (turn.reconciler.counters(), turn.now());
+    let report = turn.reconciler.node.report(&counters, now);
+    completed(turn, report)
+}
+
+/// The node's own report with what the loop knows beside it.
+fn completed(turn: &mut Turn, mut report: Report) -> Report {
     let roster = turn.inputs.roster.borrow();
     report.encap_kept = turn.sockets.kept_over_restart();
     if turn.reconciler.node.plain().is_none() {
@@ -42,9 +48,16 @@ fn status(turn: &mut Turn) -> Report {
     report.complete = roster.completeness == Completeness::Complete;
     report.rejected.clone_from(roster.rejected());
     drop(roster);
-    let mut problem = |text: String| report.problems.push(text);
-    for (scope, error) in turn.reconciler.failures() {
-        if !matches!(scope, Scope::Peer(_)) {
+    report.problems.extend(problems(turn));
+    report
+}
+
+/// What is wrong with the node's sources and its own objects: nothing of peers, and no more work for more of them.
+fn problems(turn: &Turn) -> Vec<String> {
+    let mut problems = Vec::new();
+    let mut problem = |text: String| problems.push(text);
+    for scope in [Scope::Node, Scope::Orphans] {
+        if let Some(error) = turn.reconciler.failure(&scope) {
             problem(format!("{scope}: {error}"));
         }
     }
@@ -81,24 +94,46 @@ fn status(turn: &mut Turn) -> Report {
     {
         problem(error.clone());
     }
-    report
+    problems
+}
+
+fn vitals(turn: &mut Turn) -> Vitals {
+    let kernel = turn.reconciler.answers().map_err(|error| chain(&error));
+    let lacks = turn.reconciler.node.lacks();
+    Vitals {
+        kernel,
+        datapath: turn.datapath(),
+        problems: lacks.into_iter().chain(problems(turn)).collect(),
+    }
 }
 
 fn measure(turn: &mut Turn) -> Measures {
-    let kernel = turn.reconciler.kernel();
-    let answered = kernel.counters().map(drop).map_err(|error| chain(&error));
+    let (now, opened) = (turn.now(), turn.books.opened);
+    let (report, headroom) = turn.reconciler.read(&mut turn.books.traffic, opened, now);
+    let report = completed(turn, report);
+    let node = &turn.reconciler.node;
     let health = turn.inputs.health.borrow();
     let lasts = |trouble: &Option<Trouble>| trouble.as_ref().map(|trouble| trouble.lasts(Instant::now()));
-    let (unread, unwritten) = (lasts(&health.reading), lasts(&health.writing));
-    drop(health);
+    let generations = node.generations();
     Measures {
-        report: status(turn),
-        kernel: answered,
+        report,
         datapath: turn.datapath(),
-        writes: turn.reconciler.writes(),
+        tally: turn.reconciler.tally(),
+        passes: turn.books.passes.clone(),
+        rotations: turn.books.rotations.clone(),
+        probes: turn.books.probes,
+        round_trips: node.round_trips().clone(),
+        traffic: turn.books.traffic.peers().clone(),
+        carried: turn.books.traffic.all(),
+        generations: generations
+            .map(|(name, generation)| (name.clone(), generation))
+            .collect(),
+        headroom,
+        rekey_after: node.plain().is_none().then_some(node.settings().rekey_after),
         configuration_refused: turn.inputs.misconfigured.borrow().is_some(),
-        unread,
-        unwritten,
+        unread: lasts(&health.reading),
+        unwritten: lasts(&health.writing),
+        store_failures: health.failures,
     }
 }
 

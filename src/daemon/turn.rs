@@ -7,13 +7,14 @@
 use std::collections::{BTreeMap, BTreeSet};
 use std::path::PathBuf;
 use std::sync::Arc;
-use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
+use std::time::{Duration, Instant};
 
 use keys::{Epoch, Slot};
 use ring::rand::{SecureRandom, SystemRandom};
 use tokio::sync::{mpsc, oneshot, watch};
 use tracing::{debug, error, info};
 
+use super::books::{self, Books};
 use super::sockets::Sockets;
 use super::tunnels::Tunnels;
 use crate::admin::Command;
@@ -124,6 +125,7 @@ pub(super) struct Turn {
     published: Option<Epoch>,
     pub(super) sockets: Sockets,
     pub(super) tunnels: Tunnels,
+    pub(super) books: Books,
     /// Why the newest settings are not in force.
     pub(super) unfit: Option<String>,
     /// Whether what the sockets follow from may have changed.
@@ -182,6 +184,7 @@ impl Turn {
             published: None,
             sockets,
             tunnels: Tunnels::default(),
+            books: Books::open(),
             unfit: None,
             reopen: true,
             env: None,
@@ -380,17 +383,14 @@ impl Turn {
             self.glance = Some(now + GLANCE);
             self.reconciler.look_at_filter(Look::Glance);
         }
-        self.reconciler.pass(now);
-        let unix = SystemTime::now()
-            .duration_since(UNIX_EPOCH)
-            .map_or(0, |since| since.as_secs());
-        if self
+        self.pass(now);
+        let begun = self
             .reconciler
-            .begin_epoch(self.previous, unix, &self.random, now)
-            .is_some()
-        {
+            .begin_epoch(self.previous, books::unix(), &self.random, now);
+        if let Some(cause) = begun {
+            self.books.began(cause, &self.reconciler.node, now);
             // Rule 1: what the peers may send from now on can be received before they learn of it.
-            self.reconciler.pass(self.now());
+            self.pass(self.now());
         }
         self.publish();
         if reopen {
@@ -408,17 +408,16 @@ impl Turn {
             let _ = self.random.fill(&mut bytes);
             f64::from(u16::from_be_bytes(bytes)) / 65536.0
         };
-        let mut datagrams = std::mem::take(&mut self.answers);
-        datagrams.extend(self.reconciler.node.tick(self.now(), jitter));
-        self.reconciler.pass(self.now());
-        for datagram in datagrams {
-            // On another generation than it names, a probe would tell a lie.
-            if self.reconciler.carries(&datagram) {
-                self.sockets.send(&datagram);
-            } else {
-                debug!(to = %datagram.to, sent = %datagram.sent, "a probe waits for its policy");
-            }
+        let answers = std::mem::take(&mut self.answers);
+        let questions = self.reconciler.node.tick(self.now(), jitter);
+        self.pass(self.now());
+        for datagram in &answers {
+            self.send(datagram);
         }
+        for datagram in &questions {
+            self.books.probes += u64::from(self.send(datagram));
+        }
+        self.books.rotations.look(&self.reconciler.node, self.now());
         self.tell_datapath();
         self.tell_doubts();
         self.tidy();
@@ -435,6 +434,25 @@ impl Turn {
             self.reconciler.compact();
             wiping::give_back();
         }
+    }
+
+    fn pass(&mut self, now: Duration) {
+        let (before, begun) = (self.reconciler.tally().passes, Instant::now());
+        self.reconciler.pass(now);
+        if self.reconciler.tally().passes > before {
+            self.books.passed(begun);
+        }
+    }
+
+    /// Sends a probe; false where the kernel would carry it on another generation than it names, and make it a lie.
+    fn send(&mut self, datagram: &Datagram) -> bool {
+        let carried = self.reconciler.carries(datagram);
+        if carried {
+            self.sockets.send(datagram);
+        } else {
+            debug!(to = %datagram.to, sent = %datagram.sent, "a probe waits for its policy");
+        }
+        carried
     }
 
     fn read_probes(&mut self) {
@@ -464,8 +482,8 @@ impl Turn {
 
     /// Whether pods on this node have a network.
     pub(super) fn datapath(&self) -> Datapath {
-        let failure = self.reconciler.failures().find(|(scope, _)| **scope == Scope::Node);
-        let failure = failure.map(|(scope, error)| format!("{scope}: {error}"));
+        let failure = self.reconciler.failure(&Scope::Node);
+        let failure = failure.map(|error| format!("{}: {error}", Scope::Node));
         match failure.or_else(|| self.subnet_env_error.clone()) {
             Some(why) => Datapath::Broken(why),
             None if *self.outputs.ready.borrow() => Datapath::Works,
@@ -504,7 +522,7 @@ impl Turn {
     /// Keeps subnet.env as it should be, once the node's own objects stand.
     fn write_subnet_env(&mut self) {
         let subnets = self.reconciler.node.subnets();
-        let broken = self.reconciler.failures().any(|(scope, _)| *scope == Scope::Node);
+        let broken = self.reconciler.failure(&Scope::Node).is_some();
         let (Some(subnets), Some(mtu), false) = (subnets, self.reconciler.node.mtu(), broken) else {
             return;
         };

@@ -249,6 +249,10 @@ impl Datapath for Netlink {
         matches!(&*self.firewall.borrow(), Manager::Nft(_))
     }
 
+    fn answers(&mut self) -> Result<(), WriteError> {
+        ipsec::answers(&mut self.xfrm)
+    }
+
     fn counters(&mut self) -> Result<BTreeMap<SaId, Counters>, WriteError> {
         ipsec::counters(&mut self.xfrm)
     }

@@ -9,6 +9,7 @@ use keys::{Carrier, Epoch};
 use super::{Datagram, Node, Peer, Way};
 use crate::carrier;
 use crate::epochs::Generation;
+use crate::histogram::Histogram;
 use crate::kernel::Scope;
 use crate::lease::NodeName;
 use crate::probe::{Probe, SETTLED, Schedule};
@@ -16,7 +17,15 @@ use crate::probe::{Probe, SETTLED, Schedule};
 /// How often own epochs are looked through for what can be wiped.
 const TIDY: Duration = Duration::from_secs(5);
 
+/// Upper bounds of round trips, seconds: from one rack to halfway round the earth.
+pub(super) const ROUND_TRIPS: &[f64] = &[0.0005, 0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0];
+
 impl Node {
+    /// The round trips of all answered probes, seconds.
+    pub fn round_trips(&self) -> &Histogram {
+        &self.answered
+    }
+
     /// A datagram came from `from` to the probe port. Returns the answers, where one is due: on every carrier that is
     /// open, so that a question's carrier is judged by the way there alone.
     pub fn probed(&mut self, from: IpAddr, bytes: &[u8], now: Duration) -> Vec<Datagram> {
@@ -36,6 +45,7 @@ impl Node {
             peer.asked.remove(&carrier);
             let round_trip = now.saturating_sub(at);
             peer.round_trip = Some(round_trip);
+            self.answered.observe(round_trip.as_secs_f64());
             peer.pair.peer_knows(said);
             change = peer.choice.answered(ticket, round_trip, now);
         }

@@ -161,13 +161,7 @@ impl Node {
     pub fn report(&self, counters: &BTreeMap<SaId, Counters>, now: Duration) -> Report {
         let newest = self.own.last_key_value();
         let texts = |items: &mut dyn Iterator<Item = String>| items.collect::<Vec<_>>();
-        let mut problems = Vec::new();
-        if self.uplink.is_none() {
-            problems.push("no uplink yet: no interface fits; see --iface".to_owned());
-        }
-        if self.held.is_none() {
-            problems.push("no lease yet".to_owned());
-        }
+        let mut problems = self.lacks();
         let held = match self.plain() {
             Some(_) => Vec::new(),
             None => self.psk_reports(now),
@@ -175,7 +169,6 @@ impl Node {
         if self.plain().is_none() {
             problems.extend(psks::problems(&held, self.foreign()));
         }
-        problems.extend(self.stalled().map(|why| format!("no new epoch can begin: {why}")));
         problems.extend(self.contested());
         problems.extend(self.exposed());
         Report {
@@ -216,6 +209,19 @@ impl Node {
                 .map(|(name, known)| self.peer_report(name, known, counters, now))
                 .collect(),
         }
+    }
+
+    /// What the node itself lacks; takes no longer for more peers.
+    pub fn lacks(&self) -> Vec<String> {
+        let mut lacks = Vec::new();
+        if self.uplink.is_none() {
+            lacks.push("no uplink yet: no interface fits; see --iface".to_owned());
+        }
+        if self.held.is_none() {
+            lacks.push("no lease yet".to_owned());
+        }
+        lacks.extend(self.stalled().map(|why| format!("no new epoch can begin: {why}")));
+        lacks
     }
 
     /// Which peers are served in plaintext, where that is allowed.

@@ -263,10 +263,16 @@ impl Shared {
     /// Keeps the health, and says once what changed in it.
     fn note(&self, half: Half, error: Option<&StoreError>) {
         let mut health = self.health();
-        let (trouble, what) = match half {
-            Half::Reading => (&mut health.reading, "read"),
-            Half::Writing => (&mut health.writing, "write"),
+        let Health {
+            reading,
+            writing,
+            failures,
+        } = &mut *health;
+        let (trouble, failures, what) = match half {
+            Half::Reading => (reading, &mut failures.reading, "read"),
+            Half::Writing => (writing, &mut failures.writing, "write"),
         };
+        *failures += u64::from(error.is_some());
         let (text, store) = (error.map(StoreError::chain), self.path.display());
         let mut said = self.said.lock().expect("no holder panics");
         match said.of(half).came(text.as_deref(), repeats::now()) {

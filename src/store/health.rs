@@ -15,6 +15,17 @@ pub struct Health {
     pub reading: Option<Trouble>,
     /// Why the last acquire, publish or release failed.
     pub writing: Option<Trouble>,
+    /// How many calls have failed since the start.
+    pub failures: Failures,
+}
+
+/// Calls of a store that failed, since the start.
+#[derive(Clone, Copy, Debug, Default, Eq, PartialEq)]
+pub struct Failures {
+    /// Those that read.
+    pub reading: u64,
+    /// Those that write.
+    pub writing: u64,
 }
 
 /// What fails, and how long already.
@@ -82,10 +93,16 @@ impl Pulse {
     pub(super) fn note(&self, half: Half, error: Option<&StoreError>) {
         let server = self.server;
         let mut health = self.health.lock().expect("no holder panics");
-        let trouble = match half {
-            Half::Reading => &mut health.reading,
-            Half::Writing => &mut health.writing,
+        let Health {
+            reading,
+            writing,
+            failures,
+        } = &mut *health;
+        let (trouble, failures) = match half {
+            Half::Reading => (reading, &mut failures.reading),
+            Half::Writing => (writing, &mut failures.writing),
         };
+        *failures += u64::from(error.is_some());
         let text = error.map(StoreError::chain);
         let mut said = self.said.lock().expect("no holder panics");
         match said.of(half).came(text.as_deref(), repeats::now()) {

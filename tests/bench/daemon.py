@@ -10,6 +10,13 @@ from rig import STATE, Lab, eventually
 
 NETWORK = "10.0.0.0/8"
 IDLE = 30
+METRICS = "127.0.0.1:9600"
+ASK = """
+import sys, urllib.request
+for _ in range(int(sys.argv[2])):
+    size = len(urllib.request.urlopen(sys.argv[1], timeout=60).read())
+print(size)
+"""
 
 
 class Daemon:
@@ -29,11 +36,12 @@ class Daemon:
         subprocess.run(leases, check=True, timeout=120)
         self.node = self.lab.node(1)
 
-    def start(self):
-        """Starts it; seconds from exec until subnet.env is there, and until every peer's route is."""
+    def start(self, *more):
+        """Starts it with more flags; seconds from exec until subnet.env is there, and until every peer's route is."""
         env = self.node.directory / "subnet.env"
         env.unlink(missing_ok=True)
         flags = [f"--lease-dir={self.lab.lease_dir}", f"--psk-file={self.psk}", f"--net-config-path={self.conf}"]
+        flags += [f"--metrics={METRICS}", *more]
         began = time.monotonic()
         self.node.start("--ip-masq", *flags)
         eventually("the daemon is ready", env.exists, 60, 0.002)
@@ -55,6 +63,26 @@ class Daemon:
         with open(f"/proc/{self.node.pid}/stat") as file:
             fields = file.read().rsplit(")", 1)[1].split()
         return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
+
+    def asked(self, path, times=20):
+        """One answer's processor time, seconds, of the daemon and of the kernel for it; and its size, bytes."""
+        before = self.processor()
+        size = self.node.run(["/usr/bin/python3", "-c", ASK, f"http://{METRICS}{path}", str(times)], timeout=300)
+        return (self.processor() - before) / times, int(size)
+
+
+def metrics(subject, peers):
+    """What /metrics and /healthz cost, with series of single peers and without."""
+    shown_cost, shown_size = subject.asked("/metrics")
+    health, _ = subject.asked("/healthz", 200)
+    subject.node.stop()
+    subject.start("--metrics-peers=false")
+    hidden_cost, hidden_size = subject.asked("/metrics")
+    costs = f"{shown(shown_cost * 1000)} ms, {shown_size:,} bytes; without single peers {shown(hidden_cost * 1000)} ms, {hidden_size:,}"
+    return [
+        Row(f"processor time and size of one /metrics, {peers:,} peers", costs, "", shown_cost * 1000, "ms"),
+        Row(f"processor time of one /healthz, {peers:,} peers", f"{health * 1000:.2f} ms", "", health * 1000, "ms"),
+    ]
 
 
 def daemon(programs, quick):
@@ -90,6 +118,7 @@ def daemon(programs, quick):
                     spread([one * 1000 for one, _ in starts]),
                 ),
             ]
+            rows += metrics(subject, peers)
             assert subject.node.pid, subject.node.log()[-2000:]
         finally:
             subject.lab.down()

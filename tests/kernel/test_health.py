@@ -74,3 +74,80 @@ def test_health_readiness_and_metrics_follow_what_becomes_of_a_daemon(lab):
     assert "subnet.env" in body and ask(node, "/healthz")[0] == 200, body
     (node.directory / "subnet.env").rmdir()
     eventually("it is ready again", lambda: ask(node, "/readyz")[0] == 200, 15, 0.2)
+
+
+def of_peer(told, name, peer, **labels):
+    """The value of a series of one peer."""
+    chosen = ",".join(f'{key}="{value}"' for key, value in {"peer": peer, **labels}.items())
+    return told[f"{name}{{{chosen}}}"]
+
+
+def test_metrics_count_what_a_mesh_carries_renews_and_mends(lab):
+    one, two = lab.node(1), lab.node(2)
+    lab.start(f"--healthz-port={PORT}")
+    lab.pods()
+    peer = two.namespace
+    told = metrics(one)
+    assert told['ringmail_rotations_total{cause="start"}'] == 1 and told['ringmail_rotations_total{cause="asked"}'] == 0
+    assert 0 < told["ringmail_probes_answered_total"] <= told["ringmail_probes_sent_total"], told
+    assert told["ringmail_probe_round_trip_seconds_count"] == told["ringmail_probes_answered_total"]
+    assert told["ringmail_pass_duration_seconds_count"] > 2 and told["ringmail_drift_repaired_total"] == 0, told
+    assert told["ringmail_soft_limit_remaining_packets"] > 1 << 32 and told["ringmail_soft_limit_used_ratio"] < 0.01
+    assert of_peer(told, "ringmail_peer_state", peer, state="up") == 1
+    assert 0 < of_peer(told, "ringmail_peer_round_trip_seconds", peer) < 5
+    assert of_peer(told, "ringmail_peer_heard_age_seconds", peer) < 60
+    assert of_peer(told, "ringmail_peer_epoch", peer) == metrics(two)["ringmail_epoch"]
+
+    # What went before a rotation is still counted after the SAs that carried it are gone.
+    lab.pod(1).ping(lab.pod(2).address(), count=10, interval=0.05)
+    before = metrics(one)
+    for way in ("sent", "received"):
+        assert of_peer(before, "ringmail_peer_packets_total", peer, way=way) >= 10, before
+        assert of_peer(before, "ringmail_peer_bytes_total", peer, way=way) >= 10 * 84, before
+    one.ringmail("rotate")
+
+    def rotated():
+        told = metrics(one)
+        assert told['ringmail_rotations_total{cause="asked"}'] == 1, told
+        assert told["ringmail_rotation_duration_seconds_count"] == 1, told
+        return told if len(one.sas()) <= 2 else None
+
+    told = eventually("the rotation is over, and the old SAs are gone", rotated, 30, 0.5)
+    assert 0 < told["ringmail_rotation_duration_seconds_sum"] < 20 and told["ringmail_rotations_unfinished_total"] == 0
+    assert told["ringmail_epoch"] > before["ringmail_epoch"] and told["ringmail_drift_repaired_total"] == 0, told
+    for name in ("ringmail_peer_packets_total", "ringmail_peer_bytes_total"):
+        for way in ("sent", "received"):
+            assert of_peer(told, name, peer, way=way) >= of_peer(before, name, peer, way=way), (name, way)
+
+    # Another hand takes a route, and all policies.
+    subnet = lab.pod(2).address().rpartition(".")[0] + ".0/24"
+    one.ip(f"route del {subnet}")
+    eventually("the route is back", lambda: metrics(one)["ringmail_drift_repaired_total"] == 1, 10, 0.2)
+    one.ip("xfrm policy flush")
+    eventually("the policies are back", lambda: metrics(one)["ringmail_drift_repaired_total"] >= 4, 10, 0.2)
+    assert metrics(one)["ringmail_kernel_write_errors_total"] == 0
+
+    # A packet that is played back.
+    before = metrics(one)
+    lab.replay(2, 1, count=3)
+    eventually(
+        "it is counted",
+        lambda: metrics(one)['ringmail_xfrm_errors_total{reason="XfrmInStateSeqError"}']
+        >= before['ringmail_xfrm_errors_total{reason="XfrmInStateSeqError"}'] + 3,
+    )
+    told = metrics(one)
+    refused = of_peer(told, "ringmail_peer_refused_packets_total", peer)
+    assert refused >= of_peer(before, "ringmail_peer_refused_packets_total", peer) + 3, (before, told)
+    meant = [name for name in told if name.startswith('ringmail_xfrm_error_info{reason="XfrmInStateSeqError",meaning="')]
+    assert len(meant) == 1 and "a replay is refused" in meant[0], told
+
+    # The same without series of single peers, by a new process.
+    began = metrics(two)["process_start_time_seconds"]
+    two.stop()
+    two.start(*lab.flags, f"--healthz-port={PORT}", "--metrics-peers=false")
+    two.ready()
+    told = eventually(
+        "it has its peer again", lambda: (told := metrics(two))['ringmail_peers{state="up"}'] == 1 and told, 20, 0.2
+    )
+    assert told["process_start_time_seconds"] > began and told['ringmail_esp_packets_total{way="received"}'] >= 0
+    assert not [name for name in told if "peer=" in name], told

@@ -503,6 +503,11 @@ async fn the_chart_takes_every_option_of_every_backend_to_the_daemon() {
                 for probe in ["livenessProbe", "readinessProbe"] {
                     assert_eq!(container[probe]["httpGet"]["port"], 9600);
                 }
+                let port = &container["ports"][0];
+                assert_eq!(
+                    (&port["name"], &port["containerPort"]),
+                    (&json!("metrics"), &json!(9600))
+                );
                 // /dev/net/tun is a device, which only a privileged container gets.
                 assert_eq!(container["securityContext"]["privileged"], backend["Type"] == "udp");
             }

@@ -65,6 +65,8 @@ pub(crate) struct Machine {
     pub(crate) blind: usize,
     /// How many dumps were asked for so far.
     pub(crate) dumps: usize,
+    /// How often it was asked whether it answers.
+    pub(crate) questions: usize,
     pub(crate) notices: Vec<Event>,
     /// Whether it says that a receiving SA is there before it is.
     pub(crate) tardy: bool,
@@ -381,8 +383,28 @@ impl Datapath for SimKernel {
         true
     }
 
+    fn answers(&mut self) -> Result<(), WriteError> {
+        self.machine.borrow_mut().questions += 1;
+        Ok(())
+    }
+
     fn counters(&mut self) -> Result<BTreeMap<SaId, Counters>, WriteError> {
-        Ok(BTreeMap::new())
+        let mut machine = self.machine.borrow_mut();
+        machine.dumps += 1;
+        let sas = machine.objects.keys().filter_map(|key| match key {
+            Key::Sa(id) => Some(*id),
+            _ => None,
+        });
+        // Each has carried a packet more than the one before.
+        let count = |(before, id): (u64, SaId)| {
+            let counters = Counters {
+                bytes: 100 * (before + 1),
+                packets: before + 1,
+                ..Counters::default()
+            };
+            (id, counters)
+        };
+        Ok((0..).zip(sas).map(count).collect())
     }
 }
 

@@ -33,6 +33,10 @@ impl crate::kernel::Datapath for Stubborn {
     fn filter_tells(&self) -> bool {
         true
     }
+    fn answers(&mut self) -> Result<(), WriteError> {
+        Ok(())
+    }
+
     fn counters(&mut self) -> Result<std::collections::BTreeMap<xfrm::SaId, crate::kernel::Counters>, WriteError> {
         Ok(Default::default())
     }

@@ -249,6 +249,11 @@ const GOLDEN: &[Wrong] = &[
          1 to 1439 minutes are needed",
     ),
     (
+        &["--metrics-peers=some"],
+        &[],
+        "--metrics-peers is \"some\": true or false is needed",
+    ),
+    (
         &["--metrics=9600"],
         &[],
         "--metrics is \"9600\": an address and a port such as 127.0.0.1:9600 are needed",
@@ -369,6 +374,8 @@ fn health_and_metrics_are_served_where_they_are_asked_for_and_once() {
         places(&[both[1], "--metrics=[::1]:9600"]),
         ["0.0.0.0:8081", "[::1]:9600"]
     );
+    assert!(run(&[DIR]).metrics_peers && run(&[DIR, "--metrics-peers"]).metrics_peers);
+    assert!(!run(&[DIR, "--metrics-peers=false"]).metrics_peers);
 }
 
 #[test]

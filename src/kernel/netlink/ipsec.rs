@@ -76,6 +76,14 @@ pub(super) fn apply_threshold(xfrm: &mut Xfrm, op: &Op) -> Result<(), WriteError
     result.map(drop).map_err(|error| outcome(op, error))
 }
 
+/// Asks for a few numbers that the kernel has at hand.
+pub(super) fn answers(xfrm: &mut Xfrm) -> Result<(), WriteError> {
+    let asked = xfrm.hash_threshold(Family::V4);
+    asked
+        .map(drop)
+        .map_err(|error| unread("the policies' hash threshold", error))
+}
+
 /// What our SAs have carried. `used` is the first use where the kernel tells no later one.
 pub(super) fn counters(xfrm: &mut Xfrm) -> Result<BTreeMap<SaId, Counters>, WriteError> {
     let ours = sas(xfrm)?.filter(|info| reqid_slot(info.sa.reqid).is_some());
