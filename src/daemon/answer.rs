@@ -18,6 +18,10 @@ use crate::store::Trouble;
 
 /// Answers one command; a reply that nobody waits for is dropped.
 pub(super) fn answer(turn: &mut Turn, command: Command) {
+    // All but these two go through all peers, and leave as much behind.
+    if !matches!(command, Command::Health { .. } | Command::Rotate { .. }) {
+        turn.tidy_soon();
+    }
     let gone = match command {
         Command::Status { reply } => reply.send(status(turn)).is_err(),
         Command::Audit { reply } => reply.send(compare(turn)).is_err(),

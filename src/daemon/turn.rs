@@ -423,6 +423,13 @@ impl Turn {
         self.tidy();
     }
 
+    /// Has memory put in order after work that went through all peers, where these are many.
+    pub(super) fn tidy_soon(&mut self) {
+        if self.inputs.roster.borrow().leases().nth(MANY).is_some() {
+            self.tidy.0 = Some(self.now() + REST);
+        }
+    }
+
     /// Keeps no more memory than is in use, once a burst of changes is over.
     fn tidy(&mut self) {
         let (now, writes) = (self.now(), self.reconciler.writes());
