@@ -5,6 +5,7 @@
 //! says what the kernel should hold for a scope; [`Node::key`] hands out the key of an SA that is about to be made,
 //! a sending one once and never again.
 
+use std::borrow::Cow;
 use std::collections::{BTreeMap, BTreeSet};
 use std::net::IpAddr;
 use std::sync::Arc;
@@ -23,6 +24,8 @@ use crate::carrier::Choice;
 use crate::epochs::{Generation, Inherited, Pair, Rollback};
 use crate::kernel::{Objects, Scope};
 use crate::lease::{BackendData, Lease, NodeName, Subnets};
+use crate::probe::loss::Record;
+use crate::probe::size::Sizes;
 use crate::probe::{self, Schedule};
 use crate::uplink::Uplink;
 
@@ -36,6 +39,7 @@ mod probes;
 mod psks;
 pub mod report;
 mod settings;
+mod sizes;
 mod vanished;
 
 use left::{Leftover, leftovers};
@@ -109,6 +113,9 @@ struct Peer {
     /// The last question on each carrier: its number, what it said of our data, when it was sent.
     asked: LiteMap<Carrier, (u64, Option<Generation>, Duration)>,
     round_trip: Option<Duration>,
+    /// Of the questions that went as our data does.
+    record: Record,
+    sizes: Sizes,
     trouble: Option<String>,
 }
 
@@ -162,6 +169,20 @@ pub struct Datagram {
     pub carrier: Carrier,
     /// The subnets that this data is for.
     pub subnets: Subnets,
+    /// How many zeros follow it, so that its packet has the size that is asked about.
+    pub padding: usize,
+}
+
+impl Datagram {
+    /// What goes out: the probe and its zeros.
+    pub fn payload(&self) -> Cow<'_, [u8]> {
+        if self.padding == 0 {
+            return Cow::Borrowed(&self.bytes);
+        }
+        let mut padded = self.bytes.to_vec();
+        padded.resize(probe::LEN + self.padding, 0);
+        Cow::Owned(padded)
+    }
 }
 
 /// Everything the node knows and decides.
@@ -406,6 +427,8 @@ impl Node {
                 queued: None,
                 asked: LiteMap::with_capacity(1),
                 round_trip: None,
+                record: Record::default(),
+                sizes: Sizes::default(),
                 trouble: None,
             };
             self.peers.insert(name.clone(), Box::new(peer));

@@ -14,7 +14,7 @@ use ring::rand::{SecureRandom, SystemRandom};
 use tokio::sync::{mpsc, oneshot, watch};
 use tracing::{debug, error, info};
 
-use super::sockets::Sockets;
+use super::sockets::{Sent, Sockets};
 use super::tunnels::Tunnels;
 use crate::admin::Command;
 use crate::backend::udp;
@@ -258,6 +258,9 @@ impl Turn {
         self.configure(settings);
         let node = &mut self.reconciler.node;
         self.reopen = true;
+        if self.inputs.uplink.has_changed().is_ok_and(|changed| changed) {
+            node.hope(now);
+        }
         let trouble = match &*self.inputs.uplink.borrow_and_update() {
             Ok(uplink) => {
                 node.uplinked(uplink.clone());
@@ -396,7 +399,10 @@ impl Turn {
         for datagram in datagrams {
             // On another generation than it names, a probe would tell a lie.
             if self.reconciler.carries(&datagram) {
-                self.sockets.send(&datagram);
+                if self.sockets.send(&datagram) == Sent::TooLarge {
+                    let now = self.now();
+                    self.reconciler.node.too_large(&datagram, now);
+                }
             } else {
                 debug!(to = %datagram.to, sent = %datagram.sent, "a probe waits for its policy");
             }
