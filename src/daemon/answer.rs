@@ -8,9 +8,9 @@ use tracing::debug;
 use super::turn::Turn;
 use crate::admin::metrics::Measures;
 use crate::admin::{Command, LeaseReport, Leases, Rotation};
-use crate::audit::{Audit, Directory, audit};
+use crate::audit::{Audit, Directory, audit, unread};
 use crate::backend::Plain;
-use crate::kernel::{Datapath as _, Scope};
+use crate::kernel::{Datapath as _, Scope, firewall};
 use crate::lease::Completeness;
 use crate::node::report::Report;
 use crate::reconcile::chain;
@@ -33,11 +33,11 @@ pub(super) fn answer(turn: &mut Turn, command: Command) {
 fn status(turn: &mut Turn) -> Report {
     let counters = turn.reconciler.counters();
     let mut report = turn.reconciler.node.report(&counters, turn.now());
+    let (dropped, told) = dropped(turn);
+    report.plaintext = dropped;
+    report.problems.extend(told);
     let roster = turn.inputs.roster.borrow();
     report.encap_kept = turn.sockets.kept_over_restart();
-    if turn.reconciler.node.plain().is_none() {
-        report.plaintext = turn.reconciler.kernel().dropped().ok();
-    }
     report.tunnel = turn.tunnels.counters();
     report.complete = roster.completeness == Completeness::Complete;
     report.rejected.clone_from(roster.rejected());
@@ -84,6 +84,23 @@ fn status(turn: &mut Turn) -> Report {
     report
 }
 
+/// What the guard has dropped, and what is to be said of it: nothing while that is none.
+fn dropped(turn: &mut Turn) -> (Option<firewall::Counters>, Option<String>) {
+    if turn.reconciler.node.plain().is_some() {
+        return (None, None);
+    }
+    let uplink = turn
+        .reconciler
+        .node
+        .uplink()
+        .map_or_else(|| "the uplink".to_owned(), |uplink| uplink.name.clone());
+    let kernel = turn.reconciler.kernel();
+    match kernel.dropped() {
+        Ok(dropped) => (Some(dropped), dropped.told(&uplink, kernel.dropped_reset())),
+        Err(error) => (None, Some(unread(&error))),
+    }
+}
+
 fn measure(turn: &mut Turn) -> Measures {
     let kernel = turn.reconciler.kernel();
     let answered = kernel.counters().map(drop).map_err(|error| chain(&error));
@@ -114,7 +131,12 @@ fn compare(turn: &mut Turn) -> Result<Audit, String> {
         unencrypted: node.plain().map(Plain::name),
         nodes: node.slots(),
     };
-    Ok(audit(&desired, &actual, &directory))
+    let (dropped, told) = dropped(turn);
+    Ok(Audit {
+        dropped,
+        dropped_told: told,
+        ..audit(&desired, &actual, &directory)
+    })
 }
 
 fn rotate(turn: &mut Turn) -> Result<Rotation, String> {
