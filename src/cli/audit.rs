@@ -52,7 +52,7 @@ fn of_kernel() -> Result<Audit, Failure> {
         return Ok(audit);
     }
     let (dropped, dropped_told) = match kernel.dropped() {
-        Ok(dropped) => (Some(dropped), dropped.told("the uplink", kernel.dropped_reset())),
+        Ok(dropped) => (Some(dropped), dropped.told("the uplink", &kernel.dropped_reset())),
         Err(error) => (None, Some(unread(&error))),
     };
     Ok(Audit {

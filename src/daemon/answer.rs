@@ -96,7 +96,7 @@ fn dropped(turn: &mut Turn) -> (Option<firewall::Counters>, Option<String>) {
         .map_or_else(|| "the uplink".to_owned(), |uplink| uplink.name.clone());
     let kernel = turn.reconciler.kernel();
     match kernel.dropped() {
-        Ok(dropped) => (Some(dropped), dropped.told(&uplink, kernel.dropped_reset())),
+        Ok(dropped) => (Some(dropped), dropped.told(&uplink, &kernel.dropped_reset())),
         Err(error) => (None, Some(unread(&error))),
     }
 }

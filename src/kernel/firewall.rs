@@ -386,10 +386,10 @@ impl Manager {
     }
 
     /// The command that sets [`Manager::counters`] back.
-    pub fn reset(&self) -> &'static str {
+    pub fn reset(&self) -> String {
         match self {
-            Self::Nft(_) => "nft reset counters table inet ringmail",
-            Self::Iptables(_) => "iptables -t raw -Z RINGMAIL-PREROUTING && iptables -t mangle -Z RINGMAIL-GUARD",
+            Self::Nft(_) => "nft reset counters table inet ringmail".to_owned(),
+            Self::Iptables(iptables) => iptables.reset(),
         }
     }
 

@@ -127,7 +127,7 @@ impl Netlink {
     }
 
     /// The command that sets that back.
-    pub fn dropped_reset(&self) -> &'static str {
+    pub fn dropped_reset(&self) -> String {
         self.firewall.borrow().reset()
     }
 
