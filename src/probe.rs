@@ -163,7 +163,7 @@ impl Schedule {
     pub fn sent(&mut self, now: Duration, rest: Option<Duration>, jitter: f64) {
         self.resting = rest.is_some();
         let most = SLOWEST.max(now.saturating_sub(self.since) / PART).min(LONGEST);
-        let wait = rest.unwrap_or(self.step.min(most));
+        let wait = rest.unwrap_or_else(|| self.step.min(most));
         if self.resting {
             (self.since, self.step) = (now, FIRST);
         } else {
