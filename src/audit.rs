@@ -16,8 +16,9 @@ use ipnet::IpNet;
 use keys::Slot;
 use serde::{Deserialize, Serialize};
 
-use crate::kernel::{Guard, Key, Object, Objects};
+use crate::kernel::{Guard, Key, Object, Objects, firewall};
 use crate::lease::{NodeName, Subnets};
+use crate::reconcile::chain;
 
 pub use explain::{Association, Use};
 
@@ -88,12 +89,20 @@ impl Directory {
 /// What the audit found.
 #[derive(Clone, Debug, Deserialize, PartialEq, Serialize)]
 pub struct Audit {
-    /// No difference, and no way for plaintext.
+    /// No difference, and no way for plaintext. What the guard has dropped does not count: anybody on the network can forge a
+    /// packet.
     pub ok: bool,
     /// This node's name.
     pub node: Option<String>,
     /// Each way that a pod's packet could leave or enter unencrypted, one sentence with what else holds.
     pub plaintext: Vec<String>,
+    /// What the guard has dropped of plaintext: it was stopped, and so is no way. `None` where nothing is encrypted, or where
+    /// it can't be read.
+    #[serde(default)]
+    pub dropped: Option<firewall::Counters>,
+    /// What is to be said of that: who may have sent it, or why it can't be read.
+    #[serde(default)]
+    pub dropped_told: Option<String>,
     /// Each object that is not as wanted, in the order of making.
     pub differences: Vec<Difference>,
     /// Every SA of ours in the kernel.
@@ -137,6 +146,8 @@ pub fn audit(desired: &Objects, actual: &Objects, directory: &Directory) -> Audi
         ok: plaintext.is_empty() && differences.is_empty(),
         node: directory.node.as_ref().map(ToString::to_string),
         plaintext,
+        dropped: None,
+        dropped_told: None,
         differences,
         associations: explain::associations(Some(desired), actual, directory),
         objects: census(actual),
@@ -151,10 +162,17 @@ pub fn unplanned(actual: &Objects) -> Audit {
         ok: false,
         node: None,
         plaintext: plaintext::ways(actual, &directory),
+        dropped: None,
+        dropped_told: None,
         differences: Vec::new(),
         associations: explain::associations(None, actual, &directory),
         objects: census(actual),
     }
+}
+
+/// What is said where the guard's counters can't be read.
+pub fn unread(error: &firewall::Error) -> String {
+    format!("what the guard has dropped can't be read: {}", chain(error))
 }
 
 fn census(actual: &Objects) -> BTreeMap<String, usize> {

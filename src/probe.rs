@@ -6,13 +6,17 @@
 //!                       |  sent on          |  data goes on     |
 //! ```
 //! Numbers are big endian, 64 bits; a data generation of zeros says "nowhere yet". The tag is made with the probe key
-//! of the generation it is sent on: a pod that forges its node's base address can't make one.
+//! of the generation it is sent on: a pod that forges its node's base address can't make one. Zeros may follow a question,
+//! to see whether so much passes; an answer is never longer than this.
 
 use std::time::Duration;
 
 use keys::{Carrier, Epoch, ProbeKey};
 
 use crate::epochs::Generation;
+
+pub mod loss;
+pub mod size;
 
 /// The UDP port that probes go to; only packets inside the tunnel reach it.
 pub const PORT: u16 = 8474;
@@ -25,8 +29,11 @@ pub const fn source(carrier: Carrier) -> u16 {
     }
 }
 
-/// The size of a probe, bytes.
+/// The size of a probe without zeros behind it, bytes.
 pub const LEN: usize = 62;
+
+/// The most that a probe and its zeros can be: all that UDP carries, bytes.
+pub const MOST: usize = 65_507;
 
 const MAGIC: &[u8; 4] = b"RMP1";
 const TAG: usize = 46;
@@ -62,8 +69,12 @@ impl Probe {
 
     /// Reads a datagram; the tag is checked by [`Probe::genuine`], once the key is known. `None` if it is no probe.
     pub fn parse(bytes: &[u8]) -> Option<Self> {
-        let bytes: &[u8; LEN] = bytes.try_into().ok()?;
+        let (bytes, padding) = bytes.split_first_chunk::<LEN>()?;
         if &bytes[..4] != MAGIC || bytes[4] > 1 || bytes[5] != 0 {
+            return None;
+        }
+        // The tag is not about the padding: nothing may be said in it.
+        if !padding.is_empty() && (bytes[4] == 0 || padding.iter().any(|byte| *byte != 0)) {
             return None;
         }
         let mut numbers = [0; 5];
@@ -84,9 +95,10 @@ impl Probe {
         })
     }
 
-    /// Whether the peer that shares `key` made this datagram.
+    /// Whether the peer that shares `key` made this datagram; of its padding [`Probe::parse`] has judged.
     pub fn genuine(bytes: &[u8], key: &ProbeKey) -> bool {
-        let Some((message, tag)) = bytes.split_last_chunk::<16>() else {
+        let probe = bytes.first_chunk::<LEN>();
+        let Some((message, tag)) = probe.and_then(|probe| probe.split_last_chunk::<16>()) else {
             return false;
         };
         key.open(message, tag)
@@ -96,6 +108,8 @@ impl Probe {
 /// When one peer is probed next: at once after a change, then backing off; slowly while all is settled.
 #[derive(Clone, Copy, Debug)]
 pub struct Schedule {
+    /// When it last began anew.
+    since: Duration,
     due: Duration,
     step: Duration,
     resting: bool,
@@ -103,8 +117,13 @@ pub struct Schedule {
 
 /// The first wait for an answer; it doubles with each unanswered probe.
 const FIRST: Duration = Duration::from_millis(50);
-/// The longest wait between two probes to a peer that does not answer.
+/// The longest wait between two probes to a peer that has begun not to answer.
 const SLOWEST: Duration = Duration::from_secs(10);
+/// Later the wait is this part of the time that it has been silent for, so that a path that comes back is noticed within a
+/// quarter of the time it was gone. A daemon that comes back says so itself.
+const PART: u32 = 4;
+/// The longest wait of all.
+const LONGEST: Duration = Duration::from_secs(60);
 /// Between two probes while both ends are settled. A NAT on the way keeps its mapping meanwhile (RFC 3948 section 4: 20 s).
 pub const SETTLED: Duration = Duration::from_secs(15);
 
@@ -112,6 +131,7 @@ impl Schedule {
     /// Due at `now`.
     pub fn at_once(now: Duration) -> Self {
         Self {
+            since: now,
             due: now,
             step: FIRST,
             resting: false,
@@ -130,16 +150,25 @@ impl Schedule {
         }
     }
 
+    /// Something came from the peer at `now`, or may come through again: due then, if the waits had grown long. That they
+    /// take their time to grow keeps this from being done often.
+    pub fn hope(&mut self, now: Duration) {
+        if !self.resting && self.due.saturating_sub(now) > SLOWEST {
+            *self = Self::at_once(now);
+        }
+    }
+
     /// A probe was sent at `now`; where all is settled the next follows after `rest`. `jitter` lies in 0..1 and spreads
     /// the next one over a quarter of its wait.
     pub fn sent(&mut self, now: Duration, rest: Option<Duration>, jitter: f64) {
         self.resting = rest.is_some();
-        let wait = rest.unwrap_or(self.step);
-        self.step = if self.resting {
-            FIRST
+        let most = SLOWEST.max(now.saturating_sub(self.since) / PART).min(LONGEST);
+        let wait = rest.unwrap_or_else(|| self.step.min(most));
+        if self.resting {
+            (self.since, self.step) = (now, FIRST);
         } else {
-            (self.step * 2).min(SLOWEST)
-        };
+            self.step = (self.step * 2).min(LONGEST);
+        }
         self.due = now + wait.mul_f64(1.0 - jitter.clamp(0.0, 1.0) / 4.0);
     }
 }

@@ -4,8 +4,9 @@ mod sim;
 
 use std::time::Duration;
 
+use keys::Carrier;
 use ringmail::kernel::{Guard, Key, Kind};
-use ringmail::node::report::PeerReport;
+use ringmail::node::report::{PeerReport, State};
 use ringmail::node::{Cause, Rotations, Traffic};
 use sim::kernel::Fault;
 use sim::make::Families;
@@ -23,6 +24,8 @@ fn a_rotation_takes_few_probes() {
     for nodes in [2, 4, 6] {
         let mut mesh = Mesh::settled("probes of a rotation", Families::V4, nodes);
         let pairs = u64::from(nodes - 1);
+        // Past the questions of full size that all pairs ask every five minutes.
+        mesh.run(Duration::from_secs(40));
         let before = mesh.probes;
         mesh.rotate(0, Cause::Asked);
         mesh.run(Duration::from_secs(5));
@@ -31,7 +34,8 @@ fn a_rotation_takes_few_probes() {
             "{nodes} nodes: {rotation} probes for a rotation, {} for each peer",
             rotation / pairs
         );
-        assert!(rotation <= 24 * pairs, "{rotation} probes for {pairs} peers");
+        // Two questions of full size and their answers are among them.
+        assert!(rotation <= 28 * pairs, "{rotation} probes for {pairs} peers");
         let before = mesh.probes;
         mesh.stop(0);
         mesh.start(0);
@@ -41,7 +45,7 @@ fn a_rotation_takes_few_probes() {
             "{nodes} nodes: {restart} probes for a restart, {} for each peer",
             restart / pairs
         );
-        assert!(restart <= 24 * pairs, "{restart} probes for {pairs} peers");
+        assert!(restart <= 28 * pairs, "{restart} probes for {pairs} peers");
         mesh.settle();
     }
 }
@@ -252,6 +256,111 @@ fn a_rotation_is_over_when_all_data_is_on_the_new_epoch() {
     mesh.settle();
 }
 
+/// How node `x` sees its first peer.
+fn seen(mesh: &Mesh, x: usize) -> PeerReport {
+    let process = mesh.members[x].process.as_ref().expect("it runs");
+    let report = process
+        .reconciler
+        .node
+        .report(&Default::default(), mesh.now - process.began);
+    report.peers.into_iter().next().expect("it has a peer")
+}
+
+#[test]
+fn loss_is_counted_where_data_goes_and_neither_rotation_nor_restart_is_a_loss() {
+    let mut mesh = Mesh::settled("loss", Families::V4, 2);
+    for _ in 0..3 {
+        // The peer reads of the new epoch late: until then it can't answer on it.
+        mesh.members[1].away = true;
+        mesh.rotate(0, Cause::Asked);
+        mesh.run(Duration::from_secs(10));
+        mesh.members[1].away = false;
+        mesh.run(Duration::from_secs(61));
+        mesh.stop(1);
+        mesh.start(1);
+        mesh.run(Duration::from_secs(61));
+    }
+    let losses = |mesh: &Mesh| [0, 1].map(|x| seen(mesh, x).loss);
+    assert_eq!(losses(&mesh), [Some(0.0), Some(0.0)]);
+    mesh.blocked.insert((0, 1, Carrier::Esp));
+    mesh.run(Duration::from_secs(70));
+    mesh.blocked.clear();
+    mesh.run(Duration::from_secs(30));
+    let peer = seen(&mesh, 0);
+    let lost = peer.loss.expect("it was asked");
+    assert!((0.15..0.5).contains(&lost), "{lost}");
+    assert_eq!(
+        (peer.state, peer.reason),
+        (State::Up, None),
+        "a number, and nobody's fault yet"
+    );
+    mesh.run(Duration::from_secs(360));
+    assert_eq!(losses(&mesh), [Some(0.0), Some(0.0)], "the window has moved on");
+}
+
+#[test]
+fn a_path_that_swallows_full_packets_is_named_with_what_passes_and_data_goes_on() {
+    for families in Families::ALL {
+        let mut mesh = Mesh::settled("narrow", families, 2);
+        assert_eq!([seen(&mesh, 0).full_size, seen(&mesh, 1).full_size], [Some(true); 2]);
+        mesh.narrow.insert((0, 1), 1358);
+        mesh.run(Duration::from_secs(330));
+        let (peer, back) = (seen(&mesh, 0), seen(&mesh, 1));
+        assert_eq!(
+            (peer.state, peer.full_size, peer.loss),
+            (State::Up, Some(false), Some(0.0))
+        );
+        let reason = peer.reason.expect("it is named");
+        let told: Vec<u32> = reason
+            .split(|c: char| !c.is_ascii_digit())
+            .filter_map(|word| word.parse().ok())
+            .collect();
+        assert!(
+            told.len() == 3 && told[1] == told[2] && told[0] > 1400 && (1354..=1358).contains(&told[1]),
+            "{reason}"
+        );
+        assert!(reason.contains("in net-conf.json"), "{reason}");
+        assert_eq!(
+            (back.full_size, back.reason),
+            (Some(true), None),
+            "one direction is not the other"
+        );
+        assert!(mesh.views.borrow()[0].flows.contains(&1));
+        // A rotation does not mend it.
+        mesh.rotate(0, Cause::Asked);
+        mesh.run(Duration::from_secs(1));
+        assert_eq!(seen(&mesh, 0).full_size, Some(false));
+        mesh.run(Duration::from_secs(60));
+        mesh.narrow.clear();
+        mesh.run(Duration::from_secs(31));
+        assert_eq!((seen(&mesh, 0).full_size, seen(&mesh, 0).reason), (Some(true), None));
+        mesh.settle();
+    }
+}
+
+#[test]
+fn a_new_generation_asks_for_full_size_soon_and_a_peer_without_a_daemon_is_not_blamed() {
+    let mut mesh = Mesh::settled("sizes", Families::V4, 2);
+    mesh.narrow.insert((0, 1), 1000);
+    mesh.rotate(1, Cause::Asked);
+    mesh.run(Duration::from_secs(15));
+    assert_eq!(seen(&mesh, 0).full_size, Some(false));
+    mesh.narrow.clear();
+    mesh.run(Duration::from_secs(60));
+    assert_eq!(seen(&mesh, 0).full_size, Some(true));
+    mesh.stop(1);
+    let before = mesh.probes;
+    mesh.run(Duration::from_secs(3600));
+    let peer = seen(&mesh, 0);
+    assert_eq!(
+        (peer.state, peer.full_size, peer.loss),
+        (State::Up, Some(true), Some(1.0))
+    );
+    let probes = mesh.probes - before;
+    assert!(probes < 500, "{probes} to one that does not answer");
+    mesh.settle();
+}
+
 #[test]
 fn what_another_hand_did_is_counted_when_it_is_put_right_and_what_the_node_does_is_not() {
     let mut mesh = Mesh::settled("drift", Families::V4, 2);
@@ -276,4 +385,21 @@ fn what_another_hand_did_is_counted_when_it_is_put_right_and_what_the_node_does_
     mesh.hurt(0, |kernel| kernel.remove_by_hand(&sa.expect("there are some")));
     mesh.settle();
     assert_eq!(tally(&mesh).repaired, before);
+}
+
+#[test]
+fn a_peer_that_was_never_there_is_asked_ever_more_rarely_and_found_at_once_when_it_starts() {
+    let mut mesh = Mesh::settled("silent", Families::V4, 2);
+    mesh.reboot(1);
+    mesh.rotate(0, Cause::Asked);
+    mesh.run(Duration::from_secs(1000));
+    let before = mesh.probes;
+    mesh.run(Duration::from_secs(600));
+    let probes = mesh.probes - before;
+    assert!((9..=13).contains(&probes), "{probes} in ten minutes");
+    assert_eq!(seen(&mesh, 0).loss, Some(0.0), "it never had the keys of this epoch");
+    mesh.start(1);
+    mesh.run(Duration::from_secs(1));
+    assert_eq!([seen(&mesh, 0).state, seen(&mesh, 1).state], [State::Up; 2]);
+    mesh.settle();
 }

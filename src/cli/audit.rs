@@ -5,7 +5,7 @@ use clap::Args;
 use super::table::{Align, Style, Table, Tone, clean, count, wrap};
 use super::{Common, Failure, Shown};
 use crate::admin::{AskError, Request, ask};
-use crate::audit::{Association, Audit, Differs, Use, unplanned};
+use crate::audit::{Association, Audit, Differs, Use, unplanned, unread};
 use crate::kernel::Datapath as _;
 use crate::kernel::netlink::{Netlink, Options};
 
@@ -15,7 +15,9 @@ use crate::kernel::netlink::{Netlink, Options};
 Each difference comes with the command that shows it. Where no daemon answers, the kernel is read all the same; SAs
 are then explained by number, and there is no plan to compare with.
 
-Exit code: 0 where the kernel holds what is wanted and plaintext has no way, else 1; always 1 without a daemon.
+Exit code: 0 where the kernel holds what is wanted and plaintext has no way, else 1; always 1 without a daemon. Plaintext
+that the guard has dropped is told and does not count here, since it was stopped and anybody can forge it; `ringmail
+status` exits 1 for it.
 
 Examples:
   ringmail audit
@@ -45,7 +47,19 @@ pub(super) fn run(Arguments { common }: &Arguments, style: &Style) -> Result<Sho
 fn of_kernel() -> Result<Audit, Failure> {
     let mut kernel = Netlink::open(&Options { prefer_nft: true }).map_err(Failure::other)?;
     let actual = kernel.dump().map_err(Failure::other)?;
-    Ok(unplanned(&actual))
+    let audit = unplanned(&actual);
+    if actual.is_empty() {
+        return Ok(audit);
+    }
+    let (dropped, dropped_told) = match kernel.dropped() {
+        Ok(dropped) => (Some(dropped), dropped.told("the uplink", &kernel.dropped_reset())),
+        Err(error) => (None, Some(unread(&error))),
+    };
+    Ok(Audit {
+        dropped,
+        dropped_told,
+        ..audit
+    })
 }
 
 /// `alone` is why there is no daemon's plan, where there is none.
@@ -75,7 +89,19 @@ pub(super) fn render(audit: &Audit, alone: Option<&str>, style: Style) -> String
     text.push('\n');
     text += &differences(audit, alone, style);
     text.push('\n');
-    text + &plaintext(audit, alone, style)
+    text + &plaintext(audit, alone, style) + &dropped(audit, style)
+}
+
+/// What the guard has dropped, where that is known or known not to be.
+fn dropped(audit: &Audit, style: Style) -> String {
+    match (&audit.dropped_told, &audit.dropped) {
+        (Some(told), _) => style.paint(&wrap(&format!("dropped: {}", clean(told, false)), 0), Tone::Doubtful),
+        (None, Some(_)) => style.paint(
+            "dropped: nothing, no packet of the mesh came or went without ESP\n",
+            Tone::Good,
+        ),
+        (None, None) => String::new(),
+    }
 }
 
 fn associations(associations: &[Association]) -> Table {

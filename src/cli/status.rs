@@ -409,6 +409,9 @@ fn detail(peer: &PeerReport) -> String {
     if let Some(time) = peer.round_trip {
         parts.push(format!("{time:.1} ms"));
     }
+    if let Some(loss) = peer.loss.filter(|loss| *loss > 0.0) {
+        parts.push(format!("{:.0} % of probes lost", loss * 100.0));
+    }
     parts.push(format!("{} out", count_u64(peer.packets_out)));
     parts.push(format!("{} in", peer.packets_in));
     parts.join(", ")

@@ -13,6 +13,7 @@ use super::*;
 use crate::admin::{Leases, Rotation};
 use crate::audit;
 use crate::config::UsageError;
+use crate::kernel::firewall::{Counters as Dropped, Tally};
 use crate::kernel::netlink::{Netlink, Options};
 use crate::kernel::{Datapath as _, Key, Kind, Look, Object, Objects, Op, Write, WriteError};
 use crate::node::PskReport;
@@ -34,6 +35,20 @@ pub(super) fn golden(name: &str, text: &str) {
     }
     let wanted = std::fs::read_to_string(&path).unwrap_or_default();
     assert!(text == wanted, "{} differs; it would be:\n{text}", path.display());
+}
+
+const RESET: &str = "nft reset counters table inet ringmail";
+
+/// A guard that has seen plaintext both ways.
+fn dropped() -> Dropped {
+    let tally = |packets| Tally {
+        packets,
+        bytes: packets * 84,
+    };
+    Dropped {
+        arriving: tally(3),
+        leaving: tally(1),
+    }
 }
 
 pub(super) fn report() -> Report {
@@ -58,6 +73,11 @@ pub(super) fn report() -> Report {
     moving["detour"] = "plain ESP has not been answered for 12 s".into();
     moving["learned"] = "203.0.113.9:41001".into();
     moving["errors"] = 3.into();
+    moving["loss"] = 0.15.into();
+    moving["reason"] =
+        "packets of 1446 bytes do not pass to it, those of 1357 do: set MTU to 1357 or less in net-conf.json, \
+                        or raise the MTU on the path to it"
+            .into();
     moving["subnets"] = json!(["10.244.4.0/24", "fd00:244:0:4::/64"]);
     let value = json!({
         "node": "node-a", "network": ["10.244.0.0/16"], "subnets": ["10.244.1.0/24"], "public": ["192.0.2.1"],
@@ -168,6 +188,8 @@ fn status_shows_what_is_wrong_with_the_node() {
         "no uplink yet: no interface fits; see --iface".into(),
         "no lease yet".into(),
     ];
+    report.problems.extend(dropped().told("eth0", RESET));
+    assert_eq!(Dropped::default().told("eth0", RESET), None);
     let evil = "10.244.9.0-24.json\u{1b}[2J".to_owned();
     report
         .rejected
@@ -208,6 +230,7 @@ fn status_of_an_unencrypted_mesh_says_so_and_what_its_tunnel_dropped() {
 fn status_is_well_only_where_nothing_is_to_be_told() {
     let mut good = report();
     good.peers.truncate(2);
+    good.peers[1].reason = None;
     assert!(status::well(&good));
     let broken: [&dyn Fn(&mut Report); 5] = [
         &|r| r.complete = false,
@@ -250,10 +273,12 @@ fn audit_shows_order_and_disorder() {
     use audit::tests::{desired, directory, dumped};
     let desired = desired();
     let actual = dumped(&desired);
-    golden(
-        "audit.txt",
-        &super::audit::render(&audit::audit(&desired, &actual, &directory()), None, PLAIN),
-    );
+    let whole = audit::Audit {
+        dropped: Some(Dropped::default()),
+        ..audit::audit(&desired, &actual, &directory())
+    };
+    assert!(whole.ok);
+    golden("audit.txt", &super::audit::render(&whole, None, PLAIN));
 
     let mut broken = actual.clone();
     broken.retain(|key, _| !matches!(key, Key::GuardRoute(net) if net.addr().is_ipv4()));
@@ -265,10 +290,12 @@ fn audit_shows_order_and_disorder() {
     policy.priority = 5;
     let route = Key::Route("10.244.77.0/24".parse().unwrap());
     broken.insert(route, Object::Unreachable);
-    golden(
-        "audit-broken.txt",
-        &super::audit::render(&audit::audit(&desired, &broken, &directory()), None, PLAIN),
-    );
+    let broken = audit::Audit {
+        dropped: Some(dropped()),
+        dropped_told: dropped().told("eth0", RESET),
+        ..audit::audit(&desired, &broken, &directory())
+    };
+    golden("audit-broken.txt", &super::audit::render(&broken, None, PLAIN));
 
     let alone = Some("no daemon answers at /run/ringmail/control.sock: is ringmail running?");
     golden(

@@ -8,9 +8,9 @@ use tracing::debug;
 use super::turn::Turn;
 use crate::admin::metrics::{Measures, Vitals};
 use crate::admin::{Command, LeaseReport, Leases, Rotation};
-use crate::audit::{Audit, Directory, audit};
+use crate::audit::{Audit, Directory, audit, unread};
 use crate::backend::Plain;
-use crate::kernel::{Datapath as _, Scope};
+use crate::kernel::{Datapath as _, Scope, firewall};
 use crate::lease::Completeness;
 use crate::node::report::Report;
 use crate::reconcile::chain;
@@ -43,11 +43,11 @@ fn status(turn: &mut Turn) -> Report {
 
 /// The node's own report with what the loop knows beside it.
 fn completed(turn: &mut Turn, mut report: Report) -> Report {
+    let (dropped, told) = dropped(turn);
+    report.plaintext = dropped;
+    report.problems.extend(told);
     let roster = turn.inputs.roster.borrow();
     report.encap_kept = turn.sockets.kept_over_restart();
-    if turn.reconciler.node.plain().is_none() {
-        report.plaintext = turn.reconciler.kernel().dropped().ok();
-    }
     report.tunnel = turn.tunnels.counters();
     report.complete = roster.completeness == Completeness::Complete;
     report.rejected.clone_from(roster.rejected());
@@ -111,6 +111,23 @@ fn vitals(turn: &mut Turn) -> Vitals {
     }
 }
 
+/// What the guard has dropped, and what is to be said of it: nothing while that is none.
+fn dropped(turn: &mut Turn) -> (Option<firewall::Counters>, Option<String>) {
+    if turn.reconciler.node.plain().is_some() {
+        return (None, None);
+    }
+    let uplink = turn
+        .reconciler
+        .node
+        .uplink()
+        .map_or_else(|| "the uplink".to_owned(), |uplink| uplink.name.clone());
+    let kernel = turn.reconciler.kernel();
+    match kernel.dropped() {
+        Ok(dropped) => (Some(dropped), dropped.told(&uplink, &kernel.dropped_reset())),
+        Err(error) => (None, Some(unread(&error))),
+    }
+}
+
 fn measure(turn: &mut Turn) -> Measures {
     let (now, opened) = (turn.now(), turn.books.opened);
     let (report, headroom) = turn.reconciler.read(&mut turn.books.traffic, opened, now);
@@ -153,7 +170,12 @@ fn compare(turn: &mut Turn) -> Result<Audit, String> {
         unencrypted: node.plain().map(Plain::name),
         nodes: node.slots(),
     };
-    Ok(audit(&desired, &actual, &directory))
+    let (dropped, told) = dropped(turn);
+    Ok(Audit {
+        dropped,
+        dropped_told: told,
+        ..audit(&desired, &actual, &directory)
+    })
 }
 
 fn rotate(turn: &mut Turn) -> Result<Rotation, String> {

@@ -13,6 +13,7 @@ use tracing::{debug, error, info, warn};
 
 use super::manager::{self, Kept, Manager};
 use crate::kernel::encap::{self, Encap};
+use crate::kernel::mtu;
 use crate::lease::Addresses;
 use crate::node::Datagram;
 use crate::probe;
@@ -36,6 +37,17 @@ pub(super) struct Sockets {
     error: Option<String>,
     failing: Repeats,
     reopen: Option<Duration>,
+    /// Room for the largest datagram.
+    room: Vec<u8>,
+}
+
+/// What became of a datagram.
+#[derive(Clone, Copy, Debug, Eq, PartialEq)]
+pub(super) enum Sent {
+    /// It is out, or lost as any may be.
+    Gone,
+    /// The kernel knows that its size does not pass.
+    TooLarge,
 }
 
 impl Sockets {
@@ -44,6 +56,7 @@ impl Sockets {
         Self {
             manager,
             kept,
+            room: vec![0; probe::MOST],
             ..Self::default()
         }
     }
@@ -185,11 +198,11 @@ impl Sockets {
     }
 
     /// Reads what has come; `each` gets the source and the datagram.
-    pub(super) fn read(&self, mut each: impl FnMut(IpAddr, &[u8])) {
-        let mut bytes = [0; probe::LEN + 1];
+    pub(super) fn read(&mut self, mut each: impl FnMut(IpAddr, &[u8])) {
+        let bytes = &mut self.room;
         for (_, socket) in &self.probes {
             for _ in 0..BURST {
-                match socket.try_recv_from(&mut bytes) {
+                match socket.try_recv_from(bytes) {
                     Ok((len, from)) => each(from.ip(), &bytes[..len]),
                     Err(error) if error.kind() == ErrorKind::WouldBlock => break,
                     // An ICMP answer to an earlier probe.
@@ -204,20 +217,25 @@ impl Sockets {
     }
 
     /// Sends a probe.
-    pub(super) fn send(&self, datagram: &Datagram) {
+    pub(super) fn send(&self, datagram: &Datagram) -> Sent {
         let socket = self.probes.iter().find(|(local, _)| {
             local.is_ipv4() == datagram.to.is_ipv4() && local.port() == probe::source(datagram.carrier)
         });
         if let Some((_, socket)) = socket
-            && let Err(error) = socket.try_send_to(&datagram.bytes, SocketAddr::new(datagram.to, probe::PORT))
+            && let Err(error) = socket.try_send_to(&datagram.payload(), SocketAddr::new(datagram.to, probe::PORT))
         {
-            debug!(to = %datagram.to, %error, "a probe was not sent");
+            debug!(to = %datagram.to, padding = datagram.padding, %error, "a probe was not sent");
+            if error.raw_os_error() == Some(nix::libc::EMSGSIZE) {
+                return Sent::TooLarge;
+            }
         }
+        Sent::Gone
     }
 }
 
 fn probe_socket(local: SocketAddr) -> std::io::Result<UdpSocket> {
     let socket = std::net::UdpSocket::bind(local)?;
     socket.set_nonblocking(true)?;
+    mtu::never_fragment(&socket, local.is_ipv6())?;
     UdpSocket::from_std(socket)
 }

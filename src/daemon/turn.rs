@@ -15,7 +15,7 @@ use tokio::sync::{mpsc, oneshot, watch};
 use tracing::{debug, error, info};
 
 use super::books::{self, Books};
-use super::sockets::Sockets;
+use super::sockets::{Sent, Sockets};
 use super::tunnels::Tunnels;
 use crate::admin::Command;
 use crate::backend::udp;
@@ -273,6 +273,9 @@ impl Turn {
         self.configure(settings);
         let node = &mut self.reconciler.node;
         self.reopen = true;
+        if self.inputs.uplink.has_changed().is_ok_and(|changed| changed) {
+            node.hope(now);
+        }
         let trouble = match &*self.inputs.uplink.borrow_and_update() {
             Ok(uplink) => {
                 node.uplinked(uplink.clone());
@@ -415,7 +418,9 @@ impl Turn {
             self.send(datagram);
         }
         for datagram in &questions {
-            self.books.probes += u64::from(self.send(datagram));
+            let sent = self.send(datagram);
+            // What a padded one is answered says of its size alone.
+            self.books.probes += u64::from(sent && datagram.padding == 0);
         }
         self.books.rotations.look(&self.reconciler.node, self.now());
         self.tell_datapath();
@@ -455,7 +460,10 @@ impl Turn {
     fn send(&mut self, datagram: &Datagram) -> bool {
         let carried = self.reconciler.carries(datagram);
         if carried {
-            self.sockets.send(datagram);
+            if self.sockets.send(datagram) == Sent::TooLarge {
+                let now = self.now();
+                self.reconciler.node.too_large(datagram, now);
+            }
         } else {
             debug!(to = %datagram.to, sent = %datagram.sent, "a probe waits for its policy");
         }

@@ -236,6 +236,33 @@ impl Counters {
         .into_iter()
     }
 
+    /// What a person is to be told of it, `None` where it has dropped nothing. `uplink` is the interface's name, `reset` the
+    /// command that sets the numbers back.
+    pub fn told(&self, uplink: &str, reset: &str) -> Option<String> {
+        let Self { arriving, leaving } = self;
+        let packets = |number: u64| format!("{number} packet{}", if number == 1 { "" } else { "s" });
+        let came = (arriving.packets > 0).then(|| {
+            format!(
+                "{} of the mesh that came in by {uplink} without ESP, forged or from a node that does not encrypt (look on \
+                 the wire who sends them)",
+                packets(arriving.packets)
+            )
+        });
+        let left = (leaving.packets > 0).then(|| {
+            format!(
+                "{} to other nodes' pods that would have left by {uplink} without ESP (`ringmail audit` looks for the way)",
+                packets(leaving.packets)
+            )
+        });
+        let told: Vec<String> = came.into_iter().chain(left).collect();
+        (!told.is_empty()).then(|| {
+            format!(
+                "the guard has dropped {}; once mended, set the count back: {reset}",
+                told.join(", and ")
+            )
+        })
+    }
+
     /// The number of one way.
     pub fn of(&mut self, way: Way) -> &mut Tally {
         match way {
@@ -355,6 +382,14 @@ impl Manager {
         match self {
             Self::Nft(nft) => Ok(nft.counters()?),
             Self::Iptables(iptables) => Ok(iptables.counters()?),
+        }
+    }
+
+    /// The command that sets [`Manager::counters`] back.
+    pub fn reset(&self) -> String {
+        match self {
+            Self::Nft(_) => "nft reset counters table inet ringmail".to_owned(),
+            Self::Iptables(iptables) => iptables.reset(),
         }
     }
 

@@ -275,6 +275,16 @@ impl Iptables {
         Ok(counters)
     }
 
+    /// The command that sets what [`Iptables::counters`] reads back to zero.
+    pub fn reset(&self) -> String {
+        let chains = || Chain::ALL.into_iter().filter(|chain| chain.way().is_some());
+        let programs = self.programs.values().map(Programs::single);
+        let each = programs.flat_map(|program| {
+            chains().map(move |chain| format!("{program} -w -t {} -Z {}", chain.table(), chain.name()))
+        });
+        each.collect::<Vec<_>>().join(" && ")
+    }
+
     /// `-legacy`, `-nft` or nothing: of the programs that work on the tables of an encrypted mesh.
     #[cfg(test)]
     pub(crate) fn variant(&mut self) -> String {

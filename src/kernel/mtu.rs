@@ -1,6 +1,13 @@
-//! The largest inner packet whose ESP still fits the uplink: exactly the kernel's own sum.
+//! The largest inner packet whose ESP still fits the uplink: exactly the kernel's own sum. And a socket whose packets are
+//! never cut, to see what passes.
+
+use std::io;
+use std::net::UdpSocket;
+use std::os::fd::AsRawFd as _;
 
 use keys::Cipher;
+use nix::errno::Errno;
+use nix::libc;
 
 /// Bytes of an IPv4 header without options (RFC 791), as xfrm puts in front.
 const IPV4_HEADER: u32 = 20;
@@ -29,6 +36,27 @@ pub fn inner_mtu(outer_mtu: u32, cipher: Cipher, outer_is_v6: bool, encap: bool)
     let header = ip + udp + ESP_HEADER + IV;
     let encrypted = outer_mtu.checked_sub(header + cipher.icv_bits() / 8)? & !3;
     encrypted.checked_sub(ESP_TRAILER).filter(|inner| *inner >= SMALLEST)
+}
+
+/// What `socket` sends carries "don't fragment" and is cut nowhere; what the kernel knows to be too large for the path is
+/// refused with EMSGSIZE (ip(7), `IP_MTU_DISCOVER`).
+pub fn never_fragment(socket: &UdpSocket, v6: bool) -> io::Result<()> {
+    let (level, option, value) = if v6 {
+        (libc::IPPROTO_IPV6, libc::IPV6_MTU_DISCOVER, libc::IPV6_PMTUDISC_DO)
+    } else {
+        (libc::IPPROTO_IP, libc::IP_MTU_DISCOVER, libc::IP_PMTUDISC_DO)
+    };
+    // SAFETY: the descriptor is open, and the pointer and length name `value`, which lives across the call.
+    let result = unsafe {
+        libc::setsockopt(
+            socket.as_raw_fd(),
+            level,
+            option,
+            (&raw const value).cast(),
+            size_of_val(&value) as libc::socklen_t,
+        )
+    };
+    Errno::result(result).map(drop).map_err(Into::into)
 }
 
 #[cfg(test)]

@@ -126,6 +126,11 @@ impl Netlink {
         self.firewall.borrow_mut().counters()
     }
 
+    /// The command that sets that back.
+    pub fn dropped_reset(&self) -> String {
+        self.firewall.borrow().reset()
+    }
+
     fn dump_firewall(&mut self) -> Result<Option<Object>, WriteError> {
         let Some(rules) = &self.rules else { return Ok(None) };
         let held = self.firewall.borrow_mut().verify(rules);

@@ -152,10 +152,8 @@ impl Node {
                 spi: sa.spi,
             }),
         };
-        let statement = &peer.epochs.get(&newest.receiver)?.statement;
-        let mesh = self.mtu()?;
-        let uplink = self.uplink.as_ref()?;
-        let fits = inner_mtu(uplink.mtu, statement.cipher, path.remote.is_ipv6(), path.udp.is_some());
+        // Where ESP leaves no room for any packet, nobody is served.
+        self.mtu()?;
         Some(PeerFacts {
             own_slot,
             own,
@@ -169,9 +167,20 @@ impl Node {
                 .filter_map(|carrier| Some((*carrier, through(probe?, *carrier)?)))
                 .collect(),
             path,
-            mtu: fits.filter(|fits| *fits < mesh),
+            mtu: self.narrower(peer, newest),
             directed: self.settings.directed,
         })
+    }
+
+    /// The MTU towards a peer, where its path takes less than the mesh MTU, bytes.
+    pub(super) fn narrower(&self, peer: &Peer, newest: Generation) -> Option<u32> {
+        // UDP where it is open: it takes more room.
+        let path = self.path(peer, newest, *self.open(peer, newest).last()?)?;
+        let statement = &peer.epochs.get(&newest.receiver)?.statement;
+        let uplink = self.uplink.as_ref()?;
+        let fits = inner_mtu(uplink.mtu, statement.cipher, path.remote.is_ipv6(), path.udp.is_some());
+        let mesh = self.mtu()?;
+        fits.filter(|fits| *fits < mesh)
     }
 
     /// The outer path of our sending `generation` over `carrier`: IPv4 where both have it.

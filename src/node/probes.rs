@@ -39,6 +39,9 @@ impl Node {
         peer.pair.probed(probe.sent, probe.data, now);
         let asked = peer.asked.iter().find(|(_, (ticket, ..))| *ticket == probe.ticket);
         let mut change = None;
+        if !probe.ask {
+            peer.record.answer(probe.ticket);
+        }
         if !probe.ask
             && let Some((&carrier, &(ticket, said, at))) = asked
         {
@@ -50,6 +53,9 @@ impl Node {
             change = peer.choice.answered(ticket, round_trip, now);
         }
         self.diverted(&name, change, now);
+        if !probe.ask {
+            self.sized(&name, |sizes| sizes.answered(probe.ticket, now));
+        }
         let Some(peer) = self.peers.get(&name) else {
             return Vec::new();
         };
@@ -58,7 +64,7 @@ impl Node {
             // The peer learns at once where our data goes now, and the old can go.
             self.retimed(&name, |peer| peer.schedule = Schedule::at_once(now));
         } else {
-            self.retimed(&name, |_| {});
+            self.retimed(&name, |peer| peer.schedule.hope(now));
         }
         if !probe.ask {
             return Vec::new();
@@ -67,7 +73,7 @@ impl Node {
             .peers
             .get(&name)
             .and_then(|peer| Some(self.open(peer, peer.pair.probe()?)));
-        let answer = |carrier: &Carrier| self.datagram(&name, false, *carrier, probe.ticket, now);
+        let answer = |carrier: &Carrier| self.datagram(&name, false, *carrier, probe.ticket);
         open.unwrap_or_default().iter().filter_map(answer).collect()
     }
 
@@ -101,24 +107,13 @@ impl Node {
         self.retimed(name, |peer| peer.schedule = Schedule::at_once(now));
     }
 
-    fn datagram(
-        &mut self,
-        name: &NodeName,
-        ask: bool,
-        carrier: Carrier,
-        ticket: u64,
-        now: Duration,
-    ) -> Option<Datagram> {
+    pub(super) fn datagram(&mut self, name: &NodeName, ask: bool, carrier: Carrier, ticket: u64) -> Option<Datagram> {
         let own = self.held?.0.bases();
         let sent = self.peers.get(name)?.pair.probe()?;
         self.derive(name, sent)?;
-        let data = self.data(self.peers.get(name)?).map(|(generation, _)| generation);
-        let peer = self.peers.get_mut(name)?;
+        let peer = self.peers.get(name)?;
+        let data = self.data(peer).map(|(generation, _)| generation);
         let to = own.iter().find_map(|own| peer.subnets.bases().of_family(own))?;
-        if ask {
-            peer.asked.insert(carrier, (ticket, data, now));
-            peer.choice.asked(carrier, ticket, now);
-        }
         let probe = Probe {
             ask,
             sent,
@@ -132,7 +127,30 @@ impl Node {
             data,
             carrier,
             subnets: peer.subnets,
+            padding: 0,
         })
+    }
+
+    /// A question to a peer. One that goes as its data does counts for what is lost: on another generation the peer may not
+    /// have the keys yet, and the other carrier may not pass.
+    fn question(&mut self, name: &NodeName, carrier: Carrier, now: Duration) -> Option<Datagram> {
+        let peer = self.peers.get(name)?;
+        let sent = peer.pair.probe()?;
+        let counts = self.data(peer) == Some((sent, carrier));
+        let other = self.ticket();
+        let peer = self.peers.get_mut(name)?;
+        let ticket = if counts { peer.record.ask() } else { other };
+        let datagram = self.datagram(name, true, carrier, ticket)?;
+        let peer = self.peers.get_mut(name)?;
+        peer.asked.insert(carrier, (ticket, datagram.data, now));
+        peer.choice.asked(carrier, ticket, now);
+        Some(datagram)
+    }
+
+    /// The ticket of a question that does not count for what is lost: apart from the numbers of those that do.
+    pub(super) fn ticket(&mut self) -> u64 {
+        self.ticket = self.ticket.wrapping_add(1);
+        self.ticket | 1 << 63
     }
 
     /// When [`Node::tick`] next has something to do.
@@ -166,6 +184,7 @@ impl Node {
             }
             self.diverge(&name, now);
             self.ask(&name, now, jitter, &mut datagrams);
+            self.ask_sizes(&name, now, jitter, &mut datagrams);
             self.forget_keys(&name);
             self.retimed(&name, |_| {});
         }
@@ -220,11 +239,17 @@ impl Node {
             None => rest,
         };
         for carrier in carriers {
-            self.ticket += 1;
-            out.extend(self.datagram(name, true, *carrier, self.ticket, now));
+            out.extend(self.question(name, *carrier, now));
         }
         if let Some(peer) = self.peers.get_mut(name) {
             peer.schedule.sent(now, rest, jitter());
+        }
+    }
+
+    /// What could not pass may pass now, such as over another uplink: who has been silent for long is asked at once.
+    pub fn hope(&mut self, now: Duration) {
+        for name in self.peers.keys().cloned().collect::<Vec<_>>() {
+            self.retimed(&name, |peer| peer.schedule.hope(now));
         }
     }
 
@@ -270,7 +295,8 @@ impl Node {
         let Some(peer) = self.peers.get_mut(name) else { return };
         change(peer);
         let let_go = self.known.get(name).and_then(|known| known.let_go(&peer.pair));
-        let deadlines = [peer.pair.deadline(), peer.choice.deadline(), let_go];
+        let sizes = peer.pair.settled().then(|| peer.sizes.due());
+        let deadlines = [peer.pair.deadline(), peer.choice.deadline(), sizes, let_go];
         let due = deadlines.into_iter().flatten().fold(peer.schedule.due(), Duration::min);
         if let Some(queued) = peer.queued.replace(due) {
             self.due.remove(&(queued, name.clone()));

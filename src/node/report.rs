@@ -138,10 +138,12 @@ pub struct PeerReport {
     pub heard: Option<f64>,
     /// The last probe's round trip, milliseconds.
     pub round_trip: Option<f64>,
-    /// Of the last probes that asked for an answer, the share that got none, 0 to 1; `None` where none has asked yet.
+    /// Of the last 20 probes that asked for an answer on what data goes on, the share that got none, 0 to 1; `None` where
+    /// none has yet.
     #[serde(default)]
     pub loss: Option<f64>,
-    /// Whether a packet of the mesh MTU passes to it; `None` where that is not known yet.
+    /// Whether a packet of the mesh MTU passes to it, or of what its path takes by its cipher and family, if that is less;
+    /// `None` where that is not known yet.
     #[serde(default)]
     pub full_size: Option<bool>,
     /// Bytes sent, over the SAs that the kernel holds.
@@ -333,6 +335,9 @@ impl Node {
                 now.saturating_sub(since).as_secs()
             ));
         }
+        if let Some(narrow) = self.too_narrow(peer) {
+            also(&mut report.reason, &narrow);
+        }
         for (key, object) in &self.desired(&Scope::Peer(name.clone())) {
             let (Key::Sa(id), Object::Sa { sa, .. }) = (key, object) else {
                 continue;
@@ -344,8 +349,7 @@ impl Node {
                      epoch: does it see this node's lease?",
                     keys::Spi(id.spi)
                 );
-                let before = report.reason.take().map(|reason| reason + "; ");
-                report.reason = Some(before.unwrap_or_default() + &spent);
+                also(&mut report.reason, &spent);
             }
             if super::sender(id) == self.held.map(|(_, slot)| slot) {
                 report.bytes_out += count.bytes;
@@ -410,6 +414,8 @@ impl Node {
         });
         report.heard = peer.pair.heard().map(|heard| now.saturating_sub(heard).as_secs_f64());
         report.round_trip = peer.round_trip.map(|time| time.as_secs_f64() * 1000.0);
+        report.loss = peer.record.share();
+        report.full_size = peer.sizes.passes();
         if let Some(trouble) = &peer.trouble {
             report.reason = Some(trouble.clone());
         }
@@ -443,6 +449,12 @@ impl Node {
         }
         "no probe came back yet: is its daemon running, does it see this node's lease, does ESP (or UDP) pass?".into()
     }
+}
+
+/// Puts one more reason behind what is there.
+fn also(reason: &mut Option<String>, more: &str) {
+    let before = reason.take().map(|reason| reason + "; ");
+    *reason = Some(before.unwrap_or_default() + more);
 }
 
 /// How much of its hard limit an SA has carried, percent, where it is more than half way there from the soft one.

@@ -5,7 +5,9 @@ use std::sync::Arc;
 
 use anyhow::{Context as _, Result};
 use ipnet::{IpNet, Ipv4Net};
-use keys::{Cipher, Encap, EncapMode, Encoded, Epoch, EpochSecret, Pair, Psk, PublicKey, SaKey, Slot, Statement};
+use keys::{
+    Cipher, Encap, EncapMode, Encoded, Epoch, EpochSecret, Pair, ProbeKey, Psk, PublicKey, SaKey, Slot, Statement,
+};
 use ring::rand::SystemRandom;
 use ringmail::admission::{self, Admitted};
 use ringmail::backend::ipsec;
@@ -171,16 +173,26 @@ impl Peer {
         self.subnets.bases().iter().next().context("a base address")
     }
 
-    /// The probe with which it says that it has this node's newest epoch and sends its data on it.
-    pub(crate) fn probe(&self, mesh: &Mesh, own: &Admitted, ticket: u64) -> Result<[u8; probe::LEN]> {
+    /// The key of its probes to this node.
+    pub(crate) fn probe_key(&self, mesh: &Mesh, own: &Admitted) -> Result<ProbeKey> {
+        Ok(mesh.derive(&self.life, own)?.probe)
+    }
+
+    /// A question of its, or an answer, which says that its data goes on this node's newest epoch.
+    pub(crate) fn say(&self, own: &Admitted, key: &ProbeKey, ask: bool, ticket: u64) -> [u8; probe::LEN] {
         let sent = generation(&self.life, own);
         let probe = Probe {
-            ask: false,
+            ask,
             sent,
             data: Some(sent),
             ticket,
         };
-        Ok(probe.seal(&mesh.derive(&self.life, own)?.probe))
+        probe.seal(key)
+    }
+
+    /// The probe with which it says that it has this node's newest epoch and sends its data on it.
+    pub(crate) fn probe(&self, mesh: &Mesh, own: &Admitted, ticket: u64) -> Result<[u8; probe::LEN]> {
+        Ok(self.say(own, &self.probe_key(mesh, own)?, false, ticket))
     }
 }
 

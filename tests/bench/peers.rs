@@ -3,6 +3,7 @@
 //! ```text
 //! bench-peers program PEERS ROUNDS       a roster of PEERS to programmed, and the kernel's own part of it
 //! bench-peers change ROUNDS SIZE...      one peer's change among SIZE peers
+//! bench-peers rest PEERS SECONDS         what probes cost among PEERS who answer, in so many simulated seconds
 //! bench-peers leases FOLDER PEERS PSK    writes the leases of PEERS nodes that are not there; PSK is a file
 //! ```
 //! Each line of standard output is one JSON object of milliseconds. Needs root and a kernel with ESP.
@@ -36,8 +37,11 @@ fn main() -> Result<()> {
             let sizes = sizes.iter().map(|size| size.parse()).collect::<Result<Vec<_>, _>>()?;
             change(rounds.parse()?, &sizes)
         }
+        ["rest", peers, seconds] => rest(peers.parse()?, Duration::from_secs(seconds.parse()?)),
         ["leases", folder, peers, psk] => leases(Path::new(folder), peers.parse()?, Path::new(psk)),
-        _ => bail!("usage: bench-peers program PEERS ROUNDS | change ROUNDS SIZE... | leases FOLDER PEERS PSK"),
+        _ => bail!(
+            "usage: bench-peers program PEERS ROUNDS | change ROUNDS SIZE... | rest PEERS SECONDS | leases FOLDER PEERS PSK"
+        ),
     }
 }
 
@@ -175,6 +179,25 @@ fn change(rounds: usize, sizes: &[usize]) -> Result<()> {
         }
         Ok(())
     })
+}
+
+/// A settled mesh at rest: the first minute, in which all come to their rest, is not told.
+fn rest(peers: usize, time: Duration) -> Result<()> {
+    let mesh = Mesh::new(&[7; 32])?;
+    let peers = mesh.peers(peers)?;
+    let (rest, _namespace) = in_namespace(|| {
+        let mut site = Site::open(&mesh)?;
+        site.program(&peers)?;
+        site.confirm(&mesh, &peers)?;
+        site.rest(&mesh, &peers, Duration::from_secs(60))?;
+        site.rest(&mesh, &peers, time)
+    })?;
+    let line = json!({
+        "peers": peers.len(), "seconds": time.as_secs(), "probes": rest.probes, "bytes": rest.bytes,
+        "decide": in_milliseconds(rest.decide), "send": in_milliseconds(rest.send), "dump": in_milliseconds(rest.dump),
+    });
+    println!("{line}");
+    Ok(())
 }
 
 fn leases(folder: &Path, peers: usize, psk: &Path) -> Result<()> {

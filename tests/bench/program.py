@@ -49,3 +49,15 @@ def change(programs, quick):
                 ratio(f"{what}, among {size:,} peers", "ms", of(size, name), of(10, name), "among 10", ("at most", 1.5))
             )
     return rows
+
+
+def rest(programs, quick):
+    """What probes cost among peers who are there, in half an hour of simulated time."""
+    rows = []
+    for peers in [1000] if quick else [1000, 5000]:
+        (line,) = helper(programs.helper, "rest", peers, 300 if quick else 1800)
+        seconds = line["seconds"]
+        share = (line["decide"] + line["send"]) / seconds / 10
+        a_second = f"{line['probes'] / seconds:.0f} probes and answers, {line['bytes'] / seconds / 1000:.0f} kB sent a second"
+        rows.append(Row(f"{peers:,} settled peers: {a_second}", f"{share:.2f} % of a processor", "", share, "%", "", ("at most", 1)))
+    return rows

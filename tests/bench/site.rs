@@ -1,5 +1,6 @@
 //! The measured node: the daemon's real parts, Node, Reconciler and Netlink, in a network namespace of their own.
 
+use std::collections::BTreeMap;
 use std::fs::File;
 use std::io::Write as _;
 use std::net::{IpAddr, Ipv4Addr, UdpSocket};
@@ -18,7 +19,7 @@ use ringmail::kernel::netlink::{Events, Netlink, Options};
 use ringmail::kernel::{Datapath as _, Key, Object, Objects};
 use ringmail::lease::{Addresses, Completeness, NodeName};
 use ringmail::node::{Node, Settings};
-use ringmail::probe::Probe;
+use ringmail::probe::{self, Probe};
 use ringmail::reconcile::Reconciler;
 use ringmail::uplink::Uplink;
 
@@ -58,6 +59,21 @@ pub(crate) struct Change {
     pub(crate) join: Duration,
     /// [`PACKETS`] packets from the node to the peer: looked up, encrypted, out by the uplink.
     pub(crate) packets: Duration,
+}
+
+/// What a time of rest cost.
+#[derive(Clone, Copy, Debug, Default)]
+pub(crate) struct Rest {
+    /// In the node's own decisions: what is due, questions and answers read, answers made.
+    pub(crate) decide: Duration,
+    /// In sending, the kernel's encryption included.
+    pub(crate) send: Duration,
+    /// Reading the counters of all SAs once.
+    pub(crate) dump: Duration,
+    /// Questions and answers sent.
+    pub(crate) probes: u64,
+    /// Their bytes, without headers.
+    pub(crate) bytes: u64,
 }
 
 impl Site {
@@ -162,6 +178,57 @@ impl Site {
         self.check()?;
         self.settle(mesh, peers)?;
         Ok(took)
+    }
+
+    /// What `time` costs among `peers`, who are settled, answer at once and ask as often as they are asked.
+    pub(crate) fn rest(&mut self, mesh: &Mesh, peers: &[Peer], time: Duration) -> Result<Rest> {
+        let mut by_base = BTreeMap::new();
+        for peer in peers {
+            by_base.insert(peer.base()?, (peer, peer.probe_key(mesh, &self.own)?));
+        }
+        let own = self.reconciler.node.base(IpAddr::V4(Ipv4Addr::UNSPECIFIED));
+        let socket = UdpSocket::bind((own.context("a base address")?, probe::PORT))?;
+        let mut rest = Rest::default();
+        let end = self.now + time;
+        let mut jitter = 0.0;
+        while self.now < end {
+            // A golden-section sequence spreads them evenly.
+            let mut next = || {
+                jitter = (jitter + 0.618_034_f64) % 1.0;
+                jitter
+            };
+            let began = Instant::now();
+            let mut out = self.reconciler.node.tick(self.now, &mut next);
+            rest.decide += began.elapsed();
+            for question in out.clone() {
+                let (peer, key) = by_base.get(&question.to).context("one of the peers")?;
+                let ticket = Probe::parse(&question.bytes).context("a probe of ours")?.ticket;
+                let answer = peer.say(&self.own, key, false, ticket);
+                let asks = peer.say(&self.own, key, true, 1);
+                let began = Instant::now();
+                self.reconciler.node.probed(question.to, &answer, self.now);
+                out.extend(self.reconciler.node.probed(question.to, &asks, self.now));
+                rest.decide += began.elapsed();
+            }
+            for datagram in &out {
+                let began = Instant::now();
+                socket
+                    .send_to(&datagram.payload(), (datagram.to, probe::PORT))
+                    .context("send a probe")?;
+                rest.send += began.elapsed();
+                rest.probes += 1;
+                rest.bytes += datagram.payload().len() as u64;
+            }
+            let due = self.reconciler.node.deadline(self.now).unwrap_or(end);
+            self.now = due.max(self.now + Duration::from_millis(1));
+        }
+        let began = Instant::now();
+        ensure!(
+            self.reconciler.counters().len() >= 2 * peers.len(),
+            "not every SA was read"
+        );
+        rest.dump = began.elapsed();
+        Ok(rest)
     }
 
     /// One peer's new epoch, its leaving, its coming back under a new key; the site ends as it began.

@@ -93,7 +93,8 @@ class Block:
 
 
 def seen_on_wire(mesh, source, to, count):
-    """What a large packet from one pod to another travels in: more than probes do."""
+    """What large packets from one node to another travel in: more than probes do, but for those of full size, which go as data
+    does."""
     mesh.lab.wire.tunnel.clear()
     mesh.lab.pod(source).ping(mesh.lab.pod(to), count=count, interval=0.01, size=600)
     mesh.lab.wire.settle()

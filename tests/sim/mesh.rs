@@ -7,7 +7,7 @@
 //! - what a node sends as data its receiver reads, unless the receiver's SA was torn out by a reboot or another hand;
 //! - data that flowed goes on flowing, unless the sender's own kernel was damaged.
 
-use std::collections::{BTreeSet, VecDeque};
+use std::collections::{BTreeMap, BTreeSet, VecDeque};
 use std::net::IpAddr;
 use std::time::Duration;
 
@@ -77,6 +77,8 @@ pub(crate) struct Mesh {
     pub(crate) wire: Vec<Flight>,
     /// What is dropped on the wire: from, to, in what.
     pub(crate) blocked: BTreeSet<(usize, usize, Carrier)>,
+    /// Packets larger than this are swallowed: from, to → bytes of the inner packet.
+    pub(crate) narrow: BTreeMap<(usize, usize), usize>,
     pub(crate) now: Duration,
     /// Probes sent so far.
     pub(crate) probes: u64,
@@ -100,6 +102,7 @@ impl Mesh {
             views: Views::default(),
             wire: Vec::new(),
             blocked: BTreeSet::new(),
+            narrow: BTreeMap::new(),
             now: Duration::ZERO,
             probes: 0,
             clock: UNIX,
@@ -440,7 +443,7 @@ impl Mesh {
                 sa,
                 key,
                 packet,
-                bytes: datagram.bytes.to_vec(),
+                bytes: datagram.payload().into_owned(),
             });
         }
     }
@@ -463,6 +466,11 @@ impl Mesh {
             kernel.look(|machine| machine.sources.contains(&flight.sa.src))
         });
         if from.is_some_and(|x| self.blocked.contains(&(x, y, carrier))) {
+            return;
+        }
+        let headers = if flight.packet.dst.is_ipv4() { 28 } else { 48 };
+        let fits = |limit: &usize| flight.bytes.len() + headers <= *limit;
+        if !from.is_none_or(|x| self.narrow.get(&(x, y)).is_none_or(fits)) {
             return;
         }
         if read_by(&self.views.borrow()[y], &flight.sa, &flight.key, flight.packet).is_err() {

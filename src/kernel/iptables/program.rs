@@ -102,11 +102,16 @@ impl Programs {
         *self.random_fully.get_or_init(ask)
     }
 
+    /// The program beside them that changes single rules: `iptables`, `ip6tables-legacy`.
+    pub(super) fn single(&self) -> String {
+        let name = self.save.file_name().unwrap_or_default().to_string_lossy();
+        name.trim_end_matches("-save").to_owned()
+    }
+
     /// What stands between `iptables` and `-save` in the programs' names.
     #[cfg(test)]
     pub(super) fn variant(&self) -> String {
-        let name = self.save.file_name().expect("a file").to_string_lossy().into_owned();
-        name.trim_start_matches("iptables").trim_end_matches("-save").to_owned()
+        self.single().trim_start_matches("iptables").to_owned()
     }
 
     /// What `iptables-save` shows of `table`, counters included.
