@@ -203,11 +203,7 @@ impl Mirror {
                     None => roster.remove(&node),
                 };
             }
-            if let Some(rejected) = rejected.filter(|rejected| rejected != roster.rejected()) {
-                roster.set_rejected(rejected);
-                changed = true;
-            }
-            changed
+            changed | rejected.is_some_and(|rejected| roster.set_rejected(rejected))
         });
     }
 

@@ -53,7 +53,7 @@ fn the_daemon_serves_flannels_cluster_with_flannels_flags() {
         let up = async || server.condition("flannel1").await == Some("False".into());
         hosts[0].eventually("the condition", up).await;
 
-        // flannel's own scenario.
+        // flannel's own scenario, F4.
         server
             .annotate(
                 "flannel2",

@@ -198,6 +198,11 @@ async fn a_410_on_the_secrets_watch_has_the_secret_read_anew_and_is_no_trouble()
     let secrets = Secrets::open(&access, "default/psk".parse().expect("a Secret")).await;
     let mut held = secrets.expect("a cluster").watch(NET.into());
     comes_to(&mut held, &[1], "").await;
+    let mut each = held.clone();
+    let troubled = tokio::spawn(async move {
+        let trouble = each.wait_for(|held| held.error.is_some()).await;
+        trouble.map(|held| shown(&held)).ok()
+    });
     for (number, fault) in [(2, Fault::Gone), (4, Fault::Closed)] {
         // Nobody tells of it; the watch goes on from before it.
         put(number, false);
@@ -209,6 +214,8 @@ async fn a_410_on_the_secrets_watch_has_the_secret_read_anew_and_is_no_trouble()
         put(number + 1, true);
         comes_to(&mut held, &[number + 1], "").await;
     }
+    drop(held);
+    assert_eq!(troubled.await.expect("no panic"), None);
 }
 
 #[tokio::test]
