@@ -62,12 +62,17 @@ class Flanneld:
             self.process.wait()
 
 
+def load_br_netfilter():
+    """flannel does not start without its folder under /proc. The kernel itself knows by what it loads modules."""
+    loader = pathlib.Path("/proc/sys/kernel/modprobe").read_text().strip() or "modprobe"
+    subprocess.run([loader, "-a", "br_netfilter"], check=False)
+    assert pathlib.Path("/proc/sys/net/bridge").exists(), "flannel wants the kernel's module br_netfilter"
+
+
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_pods_of_both_programs_reach_each_other(lab, backend):
     lab.wire.allow_plaintext("the backend does not encrypt")
-    # flannel does not start without its folder under /proc.
-    subprocess.run(["modprobe", "-a", "br_netfilter"], check=False)
-    assert pathlib.Path("/proc/sys/net/bridge").exists(), "flannel wants the kernel's module br_netfilter"
+    load_br_netfilter()
     etcd = Etcd(lab)
     theirs = []
     try:
@@ -121,7 +126,7 @@ def test_a_node_on_esp_serves_flannels_nodes_in_plaintext_until_they_come_over(l
     """As an operator migrates: the configuration in etcd changes under flannel, which does not look, and each node then gets
     our program. Each pair uses the best that both have at every step."""
     lab.wire.allow_plaintext("flannel does not encrypt")
-    subprocess.run(["modprobe", "-a", "br_netfilter"], check=False)
+    load_br_netfilter()
     lab.write_psk(subprocess.run([program(), "keygen"], stdout=subprocess.PIPE, check=True).stdout)
     configure = lambda backend: etcd.ctl("put", f"{PREFIX}/config", json.dumps({"Network": NETWORK, "Backend": backend}))  # noqa: E731
     start = lambda node: node.start("--etcd-endpoints", AT, "--ip-masq", "--psk-file", lab.psk_file)  # noqa: E731
