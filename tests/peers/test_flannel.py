@@ -64,8 +64,10 @@ class Flanneld:
 
 def load_br_netfilter():
     """flannel does not start without its folder under /proc. The kernel itself knows by what it loads modules."""
-    loader = pathlib.Path("/proc/sys/kernel/modprobe").read_text().strip() or "modprobe"
-    subprocess.run([loader, "-a", "br_netfilter"], check=False)
+    loader = pathlib.Path("/proc/sys/kernel/modprobe")
+    # A kernel without modules has no such file, and nothing to load.
+    if loader.exists():
+        subprocess.run([loader.read_text().strip(), "-a", "br_netfilter"], check=False)
     assert pathlib.Path("/proc/sys/net/bridge").exists(), "flannel wants the kernel's module br_netfilter"
 
 
