@@ -198,7 +198,7 @@ def test_pods_of_the_plugin_talk_on_every_backend_and_over_a_minute_without_the_
             node.ready(60)
         lab.meshed(state="plain", timeout=60)
         pods = [PluginPod(lab, node.number).make() for node in lab.nodes]
-        reach = lambda: [(a, b, f) for a in pods for b in pods for f in (4, 6) if a is not b and a.ping(b, f, 5, interval=0.05) < 5]  # noqa: E731
+        reach = lambda: [(a, b, f) for a in pods for b in pods for f in (4, 6) if a is not b and a.ping(b, f, 3, interval=0.05) < 3]  # noqa: E731
         talk = lambda what: eventually(f"{what}: all pods reach all", lambda: reach() == [], 30)  # noqa: E731
         for backend, scenario in BACKENDS.items():
             use(backend)
@@ -226,7 +226,6 @@ def test_pods_of_the_plugin_talk_on_every_backend_and_over_a_minute_without_the_
                 eventually(f"{node} is back", lambda: len(node.peers("plain")) == 2, 30)  # noqa: B023
         assert not out.result.lost and not back.result.lost, f"E10: {out.result}, {back.result}"
         assert [node.subnet_env() for node in lab.nodes] == before, "E10: a restart changes no subnet"
-        talk("E10, after the restart")
 
         # The same pods on ipsec: from here on no packet of theirs is to be seen on the wire.
         use("ipsec")
