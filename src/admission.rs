@@ -151,7 +151,8 @@ pub fn verify(lease: &Lease, network: &Network, psks: &[Arc<Psk>]) -> Result<Adm
     let garbage = |why: &dyn fmt::Display| Refusal::Garbage(why.to_string());
     let published = lease.data.read::<Published>();
     // A node that allows plaintext peers shows itself to them as one of their type, with its statement beside that.
-    let encrypts = lease.backend == "ipsec" || lease.backend == "vxlan" && published.is_ok();
+    let encrypts =
+        lease.backend == "ipsec" || matches!(lease.backend.as_str(), "vxlan" | "host-gw") && published.is_ok();
     if !encrypts {
         return Err(Refusal::Backend(lease.backend.chars().take(32).collect()));
     }

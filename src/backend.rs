@@ -169,6 +169,16 @@ impl Plain {
         }
     }
 
+    /// Whether a pod's packet may cross the uplink as it is.
+    pub const fn is_bare(&self) -> bool {
+        match self {
+            Self::HostGw => true,
+            Self::Vxlan(settings) => settings.direct,
+            Self::Ipip(settings) => settings.direct,
+            Self::Udp(_) | Self::Alloc | Self::Extension(_) => false,
+        }
+    }
+
     /// The largest inner packet, bytes.
     pub fn mtu(&self, network: &Network, uplink: &Uplink) -> u32 {
         let v6 = network.v6.is_some();

@@ -23,7 +23,6 @@ use tracing::{info, warn};
 
 use crate::admin::metrics::PerPeer;
 use crate::admin::{self, Remembered, RememberedEtcd, RememberedKube, Single, http};
-use crate::backend::{Plain, vxlan};
 use crate::config::flags::Environment;
 use crate::config::{self, Backend, Flags, NetConf, PskSource, Tuning, check_overlap};
 use crate::kernel::netlink::{Netlink, Options};
@@ -334,7 +333,7 @@ fn keys_of(backend: &Backend, network: &Network, secrets: Option<&Secrets>) -> w
 /// What the node decides by, from flags and net-conf.json.
 fn settings(flags: &Flags, conf: &NetConf, advertisements: bool) -> Settings {
     let (tuning, plain) = match &conf.backend {
-        Backend::Ipsec(ipsec) => (ipsec.tuning, None),
+        Backend::Ipsec(ipsec) => (ipsec.tuning.clone(), None),
         Backend::Plain(plain) => (Tuning::default(), Some(plain.clone())),
         Backend::Other(_) => (Tuning::default(), None),
     };
@@ -353,7 +352,7 @@ fn settings(flags: &Flags, conf: &NetConf, advertisements: bool) -> Settings {
         // What the kernel knows is found by the loop.
         directed: false,
         plain,
-        plaintext: tuning.plaintext.then(|| Plain::Vxlan(vxlan::Settings::default())),
+        plaintext: tuning.plaintext,
         prepared: None,
         forward: flags.iptables_forward_rules,
         blackhole: flags.ip_blackhole_route,

@@ -236,9 +236,11 @@ impl Roster {
         &self.rejected
     }
 
-    /// Replaces the list of what is no lease.
-    pub fn set_rejected(&mut self, rejected: BTreeMap<String, String>) {
+    /// Replaces the list of what is no lease. Returns whether it was another.
+    pub fn set_rejected(&mut self, rejected: BTreeMap<String, String>) -> bool {
+        let differs = self.rejected != rejected;
         self.rejected = rejected;
+        differs
     }
 
     /// Puts `lease` in; false and no new revision where it is there already.

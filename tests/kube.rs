@@ -1,5 +1,19 @@
 //! The Kubernetes store against a real API server with a real etcd. `tests/run kube` builds the server and runs these;
 //! without it they are ignored.
+//!
+//! What flannel's own tests do with a cluster (the names are ours: F of its functional tests, E of its end-to-end tests), and
+//! where it is done here:
+//!
+//! | scenario | test |
+//! |---|---|
+//! | F4: `public-ip-overwrite` becomes `public-ip` | `the_daemon_serves_flannels_cluster_with_flannels_flags` |
+//! | F5: the manifest is accepted | `the_manifests_are_accepted_and_have_the_names_of_flannels_documentation` |
+//! | E1, E4, E6: vxlan, host-gw, udp; pods of the plugin reach each other, the rules are these | `test_pods_of_the_plugin_talk_on_every_backend_and_over_a_minute_without_the_server` |
+//! | E8: the same in both families | the same test; with nf_tables `test_masquerade.py` (host-gw-nftables) and `nft_lists_the_plain_table_as_it_is_meant` |
+//! | E9: a pod is deleted and made anew | the same test |
+//! | E10: the DaemonSet is restarted node by node, subnets stay | the same test |
+//!
+//! What a rollout of a DaemonSet and CoreDNS add needs a kubelet, and is not shown here.
 
 #[expect(dead_code, reason = "the tests of the etcd store use the rest")]
 #[path = "etcd/cluster.rs"]

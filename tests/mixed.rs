@@ -8,10 +8,13 @@ use std::time::Duration;
 use keys::{Epoch, EpochSecret};
 use ring::rand::SystemRandom;
 use ringmail::backend::{Plain, vxlan};
+use ringmail::kernel::device::DeviceKind;
+use ringmail::kernel::firewall::Rule;
 use ringmail::kernel::{Key, Object, Objects, Scope, priority};
 use ringmail::lease::{BackendData, Lease, NodeName};
 use ringmail::node::report::State;
 use ringmail::node::{Node, Settings};
+use ringmail::uplink::LinkRoute;
 use serde_json::json;
 use sim::make::{self, Families};
 
@@ -174,6 +177,101 @@ fn a_pair_that_can_do_both_sends_plaintext_until_it_is_encrypted_and_one_that_is
     let objects = wants(&node1, &both.node);
     assert_eq!(open(&objects), (3, 0));
     assert!(!objects.keys().any(|key| matches!(key, Key::Sa(_))));
+}
+
+/// The node as it is, with another backend of before.
+fn beside(number: u32, allowed: &Plain) -> Node {
+    let mut node = node(number, true);
+    let mut uplink = make::uplink(Families::V4, u8::try_from(number).expect("small"));
+    uplink.routes = vec![LinkRoute {
+        net: "192.0.2.0/24".parse().expect("a net"),
+        direct: true,
+    }];
+    node.uplinked(uplink);
+    node.configure(Settings {
+        plaintext: Some(allowed.clone()),
+        ..settings(number, true)
+    });
+    node
+}
+
+fn refuses(node: &Node) -> Vec<String> {
+    let objects = node.desired(&Scope::Node);
+    let Some(Object::Firewall(firewall)) = objects.get(&Key::Firewall) else {
+        panic!("{objects:?}")
+    };
+    let refused = firewall.rules().into_iter().filter_map(|rule| match rule {
+        Rule::Refuse(way, net) => Some(format!("{way:?} {net}")),
+        Rule::Translate { .. } | Rule::Open(_) => None,
+    });
+    refused.collect()
+}
+
+#[test]
+fn peers_of_another_vni_are_served_where_the_backend_of_before_is_given() {
+    let Plain::Vxlan(usual) = ALLOWED else { unreachable!() };
+    let allowed = Plain::Vxlan(vxlan::Settings {
+        vni: 4096,
+        port: 4789,
+        ..usual
+    });
+    let mut node1 = beside(1, &allowed);
+    let mut peer = Lease::clone(&flannels("node2", 2));
+    hear(&mut node1, &peer);
+    assert!(wants(&node1, &peer.node).is_empty(), "its VNI is 1");
+    let report = node1.report(&Default::default(), Duration::ZERO);
+    let reason = report.peers[0].reason.clone().unwrap_or_default();
+    assert!(reason.starts_with("its VNI is 1, this node's 4096"), "{reason}");
+    peer.data = json!({"VNI": 4096, "VtepMAC": "02:00:00:00:04:02"}).into();
+    hear(&mut node1, &peer);
+    assert_eq!(open(&wants(&node1, &peer.node)), (3, 0));
+    assert_eq!(links(&wants(&node1, &peer.node)), ["flannel.4096"]);
+    let objects = node1.desired(&Scope::Node);
+    let Some(Object::Link(device)) = objects.get(&Key::Link("flannel.4096".into())) else {
+        panic!("{objects:?}")
+    };
+    let DeviceKind::Vxlan(device) = &device.kind else {
+        panic!("{device:?}")
+    };
+    assert_eq!((device.vni, device.port), (4096, 4789));
+    assert_eq!(node1.lease().expect("it has one").data.value()["VNI"], 4096);
+    assert_eq!(refuses(&node1), ["Arriving 10.244.0.0/16", "Leaving 10.244.0.0/16"]);
+}
+
+#[test]
+fn peers_of_host_gw_are_routed_to_and_the_uplink_refuses_what_claims_the_own_subnet_alone() {
+    let mut node1 = beside(1, &Plain::HostGw);
+    let own = make::subnets(&make::network(Families::V4), 1);
+    assert_eq!(
+        refuses(&node1),
+        [format!("Arriving {}", own.v4.expect("it is of IPv4"))]
+    );
+    let mut peer = Lease::clone(&flannels("node2", 2));
+    (peer.backend, peer.data) = ("host-gw".into(), BackendData::NULL);
+    hear(&mut node1, &peer);
+    let objects = wants(&node1, &peer.node);
+    assert_eq!((open(&objects), links(&objects)), ((3, 0), vec!["eth0".to_owned()]));
+    assert_eq!(state(&node1, &peer.node), State::Plain);
+    // One of vxlan is not, nor does anything else open.
+    hear(&mut node1, &flannels("node3", 3));
+    assert!(wants(&node1, &make::name("node3")).is_empty());
+    // Both ways: a node that shows itself so is believed by its statement, and served as it is until it is confirmed.
+    let both = beside(4, &Plain::HostGw).lease().expect("it has one");
+    assert_eq!((both.backend.as_str(), both.v6_data.is_null()), ("host-gw", true));
+    hear(&mut node1, &both);
+    let objects = wants(&node1, &both.node);
+    assert_eq!((open(&objects), links(&objects)), ((1, 2), vec!["eth0".to_owned()]));
+    let mut strict = node(3, false);
+    hear(&mut strict, &both);
+    assert_eq!(links(&wants(&strict, &both.node)), ["ringmail0"]);
+    // One that is not on the link can't be reached so, and is named.
+    peer.public = ["198.51.100.9".parse().expect("an address")].into_iter().collect();
+    hear(&mut node1, &peer);
+    assert!(wants(&node1, &peer.node).is_empty());
+    assert_eq!(state(&node1, &peer.node), State::Refused);
+    // Taken out, the uplink refuses all of it again.
+    node1.configure(settings(1, false));
+    assert_eq!(refuses(&node1), ["Arriving 10.244.0.0/16", "Leaving 10.244.0.0/16"]);
 }
 
 #[test]

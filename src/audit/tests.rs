@@ -99,6 +99,7 @@ fn node() -> Objects {
         masquerade: true,
         random_fully: true,
         advertisements: false,
+        bare: false,
     })
 }
 

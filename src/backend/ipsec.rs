@@ -77,6 +77,8 @@ pub struct NodeFacts {
     pub random_fully: bool,
     /// Whether the uplink takes router advertisements.
     pub advertisements: bool,
+    /// Whether peers in plaintext are allowed whose packets cross the uplink as they are.
+    pub bare: bool,
 }
 
 /// What the node needs, whoever its peers are.
@@ -122,7 +124,7 @@ pub fn node(facts: &NodeFacts) -> Objects {
     if let Some((uplink, _)) = &facts.uplink {
         let own = facts.own.unwrap_or_default();
         let firewall = Firewall {
-            form: Form::Sealed,
+            form: if facts.bare { Form::Ajar } else { Form::Sealed },
             networks: facts.network.nets().collect(),
             own,
             bases: own.bases(),

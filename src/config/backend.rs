@@ -13,7 +13,7 @@ use serde::de::MapAccess;
 use zeroize::Zeroizing;
 
 use super::conf_error::Rule;
-use super::json::{Members, Scalar, Show, boolean, nearest, parsed, shorten, value, whole};
+use super::json::{Members, Scalar, Show, nearest, parsed, shorten, value, whole};
 use super::plain;
 use crate::backend::Plain;
 use crate::backend::ipsec::{self, Soft};
@@ -113,7 +113,7 @@ impl UnencryptedType {
         }
     }
 
-    const fn keys(self) -> &'static [&'static str] {
+    pub(super) const fn keys(self) -> &'static [&'static str] {
         match self {
             Self::Vxlan => &[
                 "Type",
@@ -162,7 +162,7 @@ pub struct Ipsec {
 }
 
 /// How keys are used.
-#[derive(Clone, Copy, Debug, Eq, PartialEq)]
+#[derive(Clone, Debug, Eq, PartialEq)]
 pub struct Tuning {
     /// Plain ESP, ESP in UDP or what passes, and the UDP port, 1 to 65535.
     pub encap: keys::Encap,
@@ -176,8 +176,8 @@ pub struct Tuning {
     pub psk_grace: Duration,
     /// The largest inner packet in bytes, where it is not to be computed: 576 to 65535, from 1280 on with IPv6.
     pub mtu: Option<u16>,
-    /// Whether peers of backend vxlan are served in plaintext.
-    pub plaintext: bool,
+    /// The unencrypted backend that peers of that type are served with in plaintext, vxlan or host-gw; `None`: none is.
+    pub plaintext: Option<Plain>,
 }
 
 impl Default for Tuning {
@@ -192,7 +192,7 @@ impl Default for Tuning {
             rekey: ipsec::MOST,
             psk_grace: PSK_GRACE,
             mtu: None,
-            plaintext: false,
+            plaintext: None,
         }
     }
 }
@@ -228,6 +228,18 @@ pub enum PskSource {
 pub(super) enum Kind {
     Ipsec,
     Other(UnencryptedType),
+}
+
+impl Kind {
+    /// Reads a `Type`; `None` where it is empty or not there.
+    pub(super) fn read<'de, A: MapAccess<'de>>(key: &'static str, map: &mut A) -> Result<Option<Self>, A::Error> {
+        let kind = value(key, Show::Value, map, |v| match v {
+            Scalar::Text("") => Ok(None),
+            Scalar::Text(name) => name.parse().map(Some).map_err(|rule: Rule| rule.to_string()),
+            _ => Err("a text such as \"ipsec\" is needed".to_owned()),
+        })?;
+        Ok(kind.flatten())
+    }
 }
 
 impl FromStr for Kind {
@@ -270,7 +282,7 @@ pub(super) struct Raw {
     rekey_bytes: Option<u64>,
     psk_grace: Option<Duration>,
     mtu: Option<u16>,
-    plaintext: Option<bool>,
+    plaintext: plain::Allowed,
     plain: plain::Raw,
     pub(super) warnings: Vec<String>,
 }
@@ -318,7 +330,7 @@ impl Members for Raw {
             "RekeyBytes" => self.rekey_bytes = value(key, Show::Value, map, |v| within(&v, BYTES))?,
             "PSKGrace" => self.psk_grace = value(key, Show::Value, map, psk_grace)?,
             "MTU" => self.mtu = whole(key, u16::MAX.into(), map)?.and_then(|v| u16::try_from(v).ok()),
-            "AllowPlaintextPeers" => self.plaintext = boolean(key, map)?,
+            "AllowPlaintextPeers" => self.plaintext = plain::Allowed::read(map)?,
             // The type was read before, by TypeOf.
             _ => drop(map.next_value::<serde::de::IgnoredAny>()?),
         }
@@ -381,14 +393,14 @@ impl Raw {
             },
             psk_grace: self.psk_grace.unwrap_or(usual.psk_grace),
             mtu,
-            plaintext: self.plaintext.unwrap_or(false),
+            plaintext: self.plaintext.finish(around.v6, &mut self.warnings)?,
         };
-        if tuning.plaintext {
-            self.warnings.push(
-                "Backend.AllowPlaintextPeers: peers of backend vxlan are served unencrypted; take it out when none is left"
-                    .into(),
-            );
-        }
+        self.warnings.extend(tuning.plaintext.as_ref().map(|plain| {
+            format!(
+                "Backend.AllowPlaintextPeers: peers of backend {} are served unencrypted; take it out when none is left",
+                plain.name()
+            )
+        }));
         Ok((Backend::Ipsec(Ipsec { psk, tuning }), self.warnings))
     }
 
@@ -446,12 +458,7 @@ impl Members for TypeOf {
             self.depth = 0;
             return Ok(());
         }
-        let kind = value(key, Show::Value, map, |v| match v {
-            Scalar::Text("") => Ok(None),
-            Scalar::Text(name) => name.parse().map(Some).map_err(|rule: Rule| rule.to_string()),
-            _ => Err("a text such as \"ipsec\" is needed".to_owned()),
-        })?;
-        self.kind = kind.flatten();
+        self.kind = Kind::read(key, map)?;
         Ok(())
     }
 

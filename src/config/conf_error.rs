@@ -185,6 +185,12 @@ pub enum Rule {
         /// The greatest that fits.
         most: u32,
     },
+    /// Peers of a type that is never served beside ipsec.
+    #[error(
+        "Backend.AllowPlaintextPeers {}: the Type that the other nodes have is needed, \"vxlan\" or \"host-gw\"; from another \
+         backend go to vxlan first", .0.map_or("has no Type".to_owned(), |kind| format!("has Type {kind:?}"))
+    )]
+    PlaintextType(Option<&'static str>),
     /// An MTU that IP does not allow.
     #[error("Backend.MTU is {mtu}: at least {least} is needed; leave it out to have it computed")]
     Mtu {

@@ -1,10 +1,13 @@
 //! The `Backend` objects of the unencrypted types: flannel's keys.
 
-use serde::de::MapAccess;
+use std::fmt;
 
-use super::backend::UnencryptedType;
+use serde::de::value::MapAccessDeserializer;
+use serde::de::{DeserializeSeed, Deserializer, Error, MapAccess, Visitor};
+
+use super::backend::{Kind, UnencryptedType};
 use super::conf_error::Rule;
-use super::json::{boolean, parsed, whole};
+use super::json::{Members, Object, boolean, parsed, whole};
 use crate::backend::{Plain, extension, ipip, udp, vxlan};
 
 /// flannel's default of `Port` of udp.
@@ -101,6 +104,101 @@ impl Raw {
             }),
             UnencryptedType::Wireguard | UnencryptedType::TencentVpc => return Ok(None),
         }))
+    }
+}
+
+/// `AllowPlaintextPeers`: false, true for flannel's own defaults, or the Backend that the other nodes have.
+#[derive(Default)]
+pub(super) struct Allowed {
+    all: bool,
+    backend: Option<(Option<Kind>, Raw)>,
+    warnings: Vec<String>,
+}
+
+impl Allowed {
+    /// Reads the value that `map` stands on.
+    pub(super) fn read<'de, A: MapAccess<'de>>(map: &mut A) -> Result<Self, A::Error> {
+        map.next_value_seed(AllowedValue)
+    }
+
+    /// The backend that peers without encryption are served with; `None` where that is not allowed. `v6`: whether the mesh
+    /// carries IPv6.
+    pub(super) fn finish(self, v6: bool, warnings: &mut Vec<String>) -> Result<Option<Plain>, Rule> {
+        warnings.extend(self.warnings);
+        let kind = match self.backend {
+            None if self.all => return Ok(Some(Plain::Vxlan(vxlan::Settings::default()))),
+            None => return Ok(None),
+            Some((Some(Kind::Other(kind @ (UnencryptedType::Vxlan | UnencryptedType::HostGw))), raw)) => {
+                return raw.finish(kind, v6, warnings);
+            }
+            Some((Some(Kind::Other(kind)), _)) => Some(kind.name()),
+            Some((Some(Kind::Ipsec), _)) => Some("ipsec"),
+            Some((None, _)) => None,
+        };
+        Err(Rule::PlaintextType(kind))
+    }
+}
+
+impl Members for Allowed {
+    fn keys(&self) -> &'static [&'static str] {
+        UnencryptedType::Vxlan.keys()
+    }
+
+    fn set<'de, A: MapAccess<'de>>(&mut self, key: &'static str, map: &mut A) -> Result<(), A::Error> {
+        let (kind, raw) = self.backend.get_or_insert_default();
+        if key == "Type" {
+            *kind = Kind::read(key, map)?;
+            return Ok(());
+        }
+        raw.set(key, map)
+    }
+
+    fn warn(&mut self, text: String) {
+        self.warnings.push(text);
+    }
+}
+
+struct AllowedValue;
+
+impl<'de> DeserializeSeed<'de> for AllowedValue {
+    type Value = Allowed;
+
+    fn deserialize<D: Deserializer<'de>>(self, deserializer: D) -> Result<Allowed, D::Error> {
+        deserializer.deserialize_any(self)
+    }
+}
+
+impl<'de> Visitor<'de> for AllowedValue {
+    type Value = Allowed;
+
+    fn expecting(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(
+            "AllowPlaintextPeers to be true, false or the Backend of before, such as {\"Type\": \"vxlan\", \"VNI\": 1}",
+        )
+    }
+
+    fn visit_unit<E: Error>(self) -> Result<Allowed, E> {
+        Ok(Allowed::default())
+    }
+
+    fn visit_bool<E: Error>(self, all: bool) -> Result<Allowed, E> {
+        Ok(Allowed {
+            all,
+            ..Allowed::default()
+        })
+    }
+
+    fn visit_map<A: MapAccess<'de>>(self, map: A) -> Result<Allowed, A::Error> {
+        let mut allowed = Allowed {
+            backend: Some(Default::default()),
+            ..Allowed::default()
+        };
+        let object = Object {
+            name: "AllowPlaintextPeers",
+            members: &mut allowed,
+        };
+        object.deserialize(MapAccessDeserializer::new(map))?;
+        Ok(allowed)
     }
 }
 

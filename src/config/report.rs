@@ -77,7 +77,7 @@ fn backend(backend: &Backend) -> Value {
         "RekeyPackets": tuning.rekey.packets,
         "RekeyBytes": tuning.rekey.bytes,
         "PSKGrace": format!("{}s", tuning.psk_grace.as_secs()),
-        "AllowPlaintextPeers": tuning.plaintext,
+        "AllowPlaintextPeers": tuning.plaintext.as_ref().map_or(Value::Bool(false), self::plain),
         "MTU": tuning.mtu.map_or_else(|| json!("computed"), |mtu| json!(mtu)),
     })
 }

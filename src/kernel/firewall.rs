@@ -52,6 +52,9 @@ pub enum Form {
     /// An encrypted mesh: nothing of the mesh crosses the uplink in plaintext, foreign traffic takes the node's address in
     /// the mesh.
     Sealed,
+    /// The same where some peers' plaintext has to cross the uplink: only what claims this node's own subnet is refused
+    /// there, and the policies, which know the peers, stand alone for the rest.
+    Ajar,
     /// An unencrypted one: flannel's rules, and no others. `bases` and `uplink` are not looked at.
     Open {
         /// Whether what is forwarded from and to the mesh is accepted.
@@ -163,7 +166,7 @@ impl Firewall {
     /// Whether nf_tables is to program it where the kernel can.
     pub fn prefers_nft(&self) -> bool {
         match self.form {
-            Form::Sealed => true,
+            Form::Sealed | Form::Ajar => true,
             Form::Open { nft, .. } => nft,
         }
     }
@@ -177,7 +180,10 @@ impl Firewall {
             return open::rules(self, forward);
         }
         let guard = |way| self.networks.iter().map(move |net| Rule::Refuse(way, *net));
-        let mut rules: Vec<Rule> = guard(Way::Arriving).chain(guard(Way::Leaving)).collect();
+        let mut rules: Vec<Rule> = match self.form {
+            Form::Ajar => self.own.iter().map(|own| Rule::Refuse(Way::Arriving, own)).collect(),
+            _ => guard(Way::Arriving).chain(guard(Way::Leaving)).collect(),
+        };
         for own in self.own.iter() {
             let Some(base) = self.bases.of_family(own.addr()) else {
                 continue;

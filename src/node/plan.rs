@@ -6,6 +6,7 @@ use keys::{Carrier, EncapMode, Statement};
 use xfrm::{Direction, Sa};
 
 use super::{Node, OwnEpoch, Peer, Way};
+use crate::backend::Plain;
 use crate::backend::ipsec::{self, Association, NodeFacts, Path, PeerFacts, Through};
 use crate::carrier;
 use crate::epochs::{Data, Generation};
@@ -101,6 +102,7 @@ impl Node {
             masquerade: self.settings.masquerade,
             random_fully: self.settings.random_fully,
             advertisements: self.settings.advertisements,
+            bare: self.settings.plaintext.as_ref().is_some_and(Plain::is_bare),
         });
         if let (Some(plain), Some(site)) = (&self.settings.plaintext, self.site().filter(|_| self.held.is_some())) {
             objects.extend(plain.node(&site));

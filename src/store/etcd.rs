@@ -470,9 +470,7 @@ impl Shared {
             if roster.completeness == crate::lease::Completeness::Partial && !whole {
                 return false;
             }
-            let odd = *roster.rejected() != rejected;
-            roster.set_rejected(rejected);
-            roster.replace(leases) || odd
+            roster.set_rejected(rejected) | roster.replace(leases)
         });
     }
 

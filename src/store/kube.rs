@@ -445,15 +445,11 @@ impl Shared {
             if roster.completeness == Completeness::Partial {
                 return false;
             }
-            let mut changed = odd.is_some();
-            if let Some(odd) = odd {
-                roster.set_rejected(odd);
-            }
-            changed |= match lease {
+            let changed = match lease {
                 Some(lease) => roster.insert(lease),
                 None => roster.remove(node),
             };
-            changed
+            changed | odd.is_some_and(|odd| roster.set_rejected(odd))
         });
         if *node == self.own {
             self.wish();
@@ -468,11 +464,8 @@ impl Shared {
             (state.view.leases(), state.view.rejected().clone())
         };
         self.wish();
-        self.roster.send_if_modified(|roster| {
-            let differs = *roster.rejected() != odd;
-            roster.set_rejected(odd);
-            roster.replace(leases) || differs
-        });
+        self.roster
+            .send_if_modified(|roster| roster.set_rejected(odd) | roster.replace(leases));
         self.touched.notify_one();
     }
 

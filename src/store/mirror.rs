@@ -212,11 +212,7 @@ impl Mirror {
             if many {
                 roster.pack();
             }
-            if let Some(rejected) = rejected.filter(|rejected| rejected != roster.rejected()) {
-                roster.set_rejected(rejected);
-                changed = true;
-            }
-            changed
+            changed | rejected.is_some_and(|rejected| roster.set_rejected(rejected))
         });
     }
 

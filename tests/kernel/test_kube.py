@@ -6,116 +6,30 @@ import hashlib
 import hmac
 import json
 import os
-import pathlib
 import re
-import ssl
-import subprocess
 import threading
 import time
-import urllib.error
-import urllib.request
 
 import pytest
 
-import netns
-from rig import REPOSITORY, eventually, program
-from running import in_memory, measured, spellings
-
-# The wire answers for the default gateway of every node, so it is where the server can be reached from all of them.
-WIRE = "192.168.77.254"
-PREFIX = "flannel.alpha.coreos.com/"
-CACHE = pathlib.Path(os.environ.get("XDG_CACHE_HOME") or pathlib.Path.home() / ".cache")
-APISERVER = os.environ.get("RINGMAIL_APISERVER") or str(CACHE / "ringmail-tools/bin/kube-apiserver-1.36.3")
+from cluster import APISERVER, PREFIX, Cluster, PluginPod, account, arguments, confined, key, mount
+from flow import Flow
+from rig import eventually
+from running import in_memory, measured, measures, spellings
 
 
-class Cluster:
-    """An API server and its etcd on the wire of a lab, in a folder of their own."""
-
-    def __init__(self, lab):
-        self.namespace, self.folder = f"{lab.name}-wire", pathlib.Path("/run/ringmail-lab") / lab.name / "kube"
-        self.folder.mkdir(mode=0o700)
-        self.kubeconfig = self.folder / "kubeconfig"
-        subprocess.run(["openssl", "genrsa", "-out", self.folder / "key", "2048"], check=True, stderr=subprocess.DEVNULL)
-        (self.folder / "tokens").write_text("token,admin,1,system:masters\n")
-        etcd = ["etcd", "--data-dir", str(self.folder / "etcd"), "--logger", "zap", "--log-level", "error"]
-        etcd += ["--heartbeat-interval", "500", "--election-timeout", "5000"]
-        self.etcd = self.spawn("etcd.log", etcd)
-        self.server = None
-        self.start()
-        authority = self.folder / "apiserver.crt"
-        self.kubeconfig.write_text(
-            "{apiVersion: v1, kind: Config, current-context: c, "
-            f"clusters: [{{name: c, cluster: {{server: 'https://{WIRE}:6443', certificate-authority: '{authority}'}}}}], "
-            "users: [{name: c, user: {token: token}}], contexts: [{name: c, context: {cluster: c, user: c}}]}"
-        )
-
-    def spawn(self, log, command):
-        with open(self.folder / log, "ab") as file:
-            return netns.spawn(self.namespace, command, stdout=file, stderr=subprocess.STDOUT)
-
-    def start(self):
-        key = self.folder / "key"
-        command = [APISERVER, "--etcd-servers=http://127.0.0.1:2379", "--bind-address=0.0.0.0", f"--advertise-address={WIRE}"]
-        command += [f"--cert-dir={self.folder}", f"--token-auth-file={self.folder / 'tokens'}", "--authorization-mode=RBAC"]
-        command += [f"--service-account-key-file={key}", f"--service-account-signing-key-file={key}"]
-        command += ["--service-account-issuer=https://kubernetes.default.svc", "--service-cluster-ip-range=10.96.0.0/24"]
-        command += ["--endpoint-reconciler-type=none", "--disable-admission-plugins=ServiceAccount"]
-        self.server = self.spawn("server.log", command)
-        eventually("the API server serves", lambda: self.ask("GET", "nodes"), 180)
-
-    def stop(self):
-        self.server.kill()
-        self.server.wait()
-
-    def ask(self, method, path, body=None, kind="application/json"):
-        """A call, from the wire."""
-        url = f"https://127.0.0.1:6443/api/v1/{path}"
-        headers = {"Authorization": "Bearer token", "Content-Type": kind}
-        data = json.dumps(body).encode() if body else None
-        request = urllib.request.Request(url, data, headers, method=method)
-        trusting = ssl._create_unverified_context()
-
-        def call():
-            with urllib.request.urlopen(request, timeout=20, context=trusting) as answer:
-                return json.load(answer)
-
-        return netns.within(self.namespace, call)
-
-    def add(self, name, pods):
-        spec = {"podCIDR": pods, "podCIDRs": [pods]}
-        return self.ask("POST", "nodes", {"apiVersion": "v1", "kind": "Node", "metadata": {"name": name}, "spec": spec})
-
-    def notes(self, name):
-        """flannel's annotations on a Node, without their prefix."""
-        found = self.ask("GET", f"nodes/{name}")["metadata"].get("annotations", {})
-        return {note.removeprefix(PREFIX): value for note, value in found.items() if note.startswith(PREFIX)}
-
-    def give(self, name, entries):
-        """Makes a Secret of these keys, or gives it them, as `kubectl apply` does: with a second copy in an annotation."""
-        data = {entry: base64.b64encode(text).decode() for entry, text in entries.items()}
-        body = {"apiVersion": "v1", "kind": "Secret", "metadata": {"name": name}, "data": data}
-        body["metadata"]["annotations"] = {"kubectl.kubernetes.io/last-applied-configuration": json.dumps(body)}
-        path = f"namespaces/default/secrets/{name}?fieldManager=test&force=true"
-        self.ask("PATCH", path, body, "application/apply-patch+yaml")
-
-    def events(self, name):
-        """What `kubectl describe node` shows of Events."""
-        found = self.ask("GET", f"events?fieldSelector=involvedObject.kind=Node,involvedObject.name={name}")["items"]
-        return "\n".join(f"{event['type']} {event['reason']}: {event['message']}" for event in found)
-
-    def condition(self, name):
-        conditions = self.ask("GET", f"nodes/{name}")["status"].get("conditions", [])
-        return [one["status"] for one in conditions if one["type"] == "NetworkUnavailable"]
+# The podCIDRs of a Node, by the number in them.
+SUBNETS = ["10.244.{}.0/24", "fd00:244:0:{}::/64"]
 
 
 @pytest.fixture
-def cluster(make_lab):
-    """A lab and its API server, with a Node for each node, no daemon started."""
+def cluster(request, make_lab):
+    """A lab and its API server, with a Node for each node, of one family or of as many as asked for; no daemon started."""
     assert os.path.exists(APISERVER), f"{APISERVER} is missing: tests/run kube builds it"
     lab = make_lab(3)
     cluster = Cluster(lab)
     for node in lab.nodes:
-        cluster.add(str(node), f"10.244.{node.number}.0/24")
+        cluster.add(str(node), *(net.format(node.number) for net in SUBNETS[: getattr(request, "param", 1)]))
     yield lab, cluster
     for node in lab.nodes:
         node.stop()
@@ -124,39 +38,11 @@ def cluster(make_lab):
     cluster.etcd.wait()
 
 
-def mount(folder, name, content):
-    """Changes a mounted ConfigMap or Secret as the kubelet does: a new folder, and a link to it that is turned."""
-    folder.mkdir(exist_ok=True)
-    new = f"..{len(list(folder.iterdir()))}"
-    (folder / new).mkdir(mode=0o700)
-    (folder / new / name).touch(mode=0o600)
-    (folder / new / name).write_bytes(content)
-    (folder / "..turning").symlink_to(new)
-    (folder / "..turning").rename(folder / "..data")
-    if not (folder / name).exists():
-        (folder / name).symlink_to(f"..data/{name}")
-
-
-def key():
-    return subprocess.run([program(), "keygen"], stdout=subprocess.PIPE, check=True).stdout
-
-
-def confined(folder):
-    """The daemon with the capabilities that deploy/ringmail.yml gives it and no way to more, as a program. Programs of
-    iptables, which User Mode Linux needs in the place of nf_tables and the image does not hold, want NET_RAW."""
-    daemon = (REPOSITORY / "deploy/ringmail.yml").read_text().split("- name: kube-flannel\n")[1]
-    added = re.search(r"drop: \[ALL\], add: \[(.*?)\]", daemon)[1].lower().replace(", ", ",+")
-    path = folder / "confined"
-    path.write_text(f'#!/bin/sh\nexec setpriv --no-new-privs --inh-caps=-all --bounding-set=-all,+net_raw,+{added} {program()} "$@"\n')
-    path.chmod(0o755)
-    return str(path)
-
-
 def test_three_daemons_hold_an_encrypted_mesh_over_nodes(cluster):
     lab, kube = cluster
     conf, secret = kube.folder / "conf", kube.folder / "secret"
-    mount(conf, "net-conf.json", b'{"Network": "10.244.0.0/16", "Backend": {"Type": "ipsec"}}')
-    mount(secret, "1", key())
+    mount(conf, ("net-conf.json", b'{"Network": "10.244.0.0/16", "Backend": {"Type": "ipsec"}}'))
+    mount(secret, ("1", key()))
     flags = ["--kube-subnet-mgr", "--kubeconfig-file", kube.kubeconfig, "--net-config-path", conf / "net-conf.json"]
     flags += ["--psk-file", secret]
     for node in lab.nodes:
@@ -176,7 +62,7 @@ def test_three_daemons_hold_an_encrypted_mesh_over_nodes(cluster):
 
     # The Secret changes: every node rotates to the new key by itself.
     before = {str(node): node.status()["epoch"] for node in lab.nodes}
-    mount(secret, "1", key())
+    mount(secret, ("1", key()))
     moved = lambda: all(node.status()["epoch"] > before[str(node)] for node in lab.nodes)  # noqa: E731
     eventually("a new epoch everywhere", moved, 40)
     lab.meshed(timeout=40)
@@ -201,7 +87,7 @@ def test_three_daemons_hold_an_encrypted_mesh_over_nodes(cluster):
 def test_keys_of_a_secret_are_watched_through_the_api(cluster):
     lab, kube = cluster
     conf, keys = kube.folder / "conf", {number: key() for number in (1, 2)}
-    mount(conf, "net-conf.json", b'{"Network": "10.244.0.0/16", "Backend": {"Type": "ipsec"}}')
+    mount(conf, ("net-conf.json", b'{"Network": "10.244.0.0/16", "Backend": {"Type": "ipsec"}}'))
     flags = ["--kubeconfig-file", kube.kubeconfig, "--net-config-path", conf / "net-conf.json", "--psk-secret", "default/psk"]
     # All there is to log.
     env = {"RINGMAIL_LOG": "trace"}
@@ -267,3 +153,119 @@ def test_keys_of_a_secret_are_watched_through_the_api(cluster):
         gone = [prk(texts[0]), *texts, *(base64.b64encode(text + b"\n")[:64] for text in texts)]
         left = [at for at, secret in enumerate(gone) if in_memory(node.pid, secret)]
         assert not left, f"{node} has {left} in its memory"
+
+
+BACKENDS = {"udp": "E6", "host-gw": "E4", "vxlan": "E1"}
+
+# flannel's own text (FLANNEL-POSTRTG of `iptables -t nat -S`), which its end-to-end tests compare too.
+MASQUERADE = """-N FLANNEL-POSTRTG
+-A FLANNEL-POSTRTG -m mark --mark 0x4000/0x4000 -m comment --comment "flanneld masq" -j RETURN
+-A FLANNEL-POSTRTG -s POD -d NET -m comment --comment "flanneld masq" -j RETURN
+-A FLANNEL-POSTRTG -s NET -d POD -m comment --comment "flanneld masq" -j RETURN
+-A FLANNEL-POSTRTG ! -s NET -d POD -m comment --comment "flanneld masq" -j RETURN
+-A FLANNEL-POSTRTG -s NET ! -d MANY -m comment --comment "flanneld masq" -j MASQUERADE --random-fully
+-A FLANNEL-POSTRTG ! -s NET -d NET -m comment --comment "flanneld masq" -j MASQUERADE --random-fully
+"""
+
+
+@pytest.mark.parametrize("cluster", [2], ids=["both-families"], indirect=True)
+def test_pods_of_the_plugin_talk_on_every_backend_and_over_a_minute_without_the_server(cluster):
+    """The DaemonSet's account, rights, flags and capability, and pods as a kubelet makes them. flannel's scenarios E1, E4, E6
+    and E8 (each backend, both families), E9 (a pod is made anew), E10 (the DaemonSet is restarted node by node); then the same
+    pods on ipsec, and the API server away for a minute and back without its history, for the Nodes and for a Secret."""
+    lab, kube = cluster
+    lab.wire.allow_plaintext("the mesh begins on backends that do not encrypt")
+    networks = {"Network": "10.244.0.0/16", "EnableIPv6": True, "IPv6Network": "fd00:244::/48"}
+    conf, secret, keys = kube.folder / "conf", kube.folder / "secret", [key(), key()]
+    use = lambda backend: mount(conf, ("net-conf.json", json.dumps({**networks, "Backend": {"Type": backend}}).encode()))  # noqa: E731
+    use("udp")
+    mount(secret, ("1", keys[0]))
+    kube.give("ringmail-psk", {"1": keys[0]}, "kube-system")
+    token = kube.install()
+    kube.let_watch("ringmail-psk")
+    with account(kube, token) as around:
+        program = confined(kube.folder)
+
+        def start(node):
+            # The third takes its keys from the Secret itself.
+            keys = {"psk_file": secret} if node.number < 3 else {"psk_file": None, "psk_secret": "kube-system/ringmail-psk"}
+            flags = arguments(net_config_path=conf / "net-conf.json", **keys)
+            node.start(*flags, env={**around, "NODE_NAME": str(node), "RINGMAIL": program, "RINGMAIL_LOG": "debug"})
+
+        for node in lab.nodes:
+            start(node)
+        for node in lab.nodes:
+            node.ready(60)
+        lab.meshed(state="plain", timeout=60)
+        pods = [PluginPod(lab, node.number).make() for node in lab.nodes]
+        reach = lambda: [(a, b, f) for a in pods for b in pods for f in (4, 6) if a is not b and a.ping(b, f, 3, interval=0.05) < 3]  # noqa: E731
+        talk = lambda what: eventually(f"{what}: all pods reach all", lambda: reach() == [], 30)  # noqa: E731
+        for backend, scenario in BACKENDS.items():
+            use(backend)
+            for node in lab.nodes:
+                eventually(f"{backend} on {node}", lambda: node.status()["backend"] == backend, 30)  # noqa: B023
+            lab.meshed(state="plain", timeout=30)
+            talk(f"{scenario}, {backend}")
+            for node in lab.nodes:
+                eventually(f"the condition of {node}", lambda: kube.condition(node) == ["False"], 10)  # noqa: B023
+                for family, (tool, net, many) in {4: ("iptables", "10.244.0.0/16", "224.0.0.0/4"), 6: ("ip6tables", "fd00:244::/48", "ff00::/8")}.items():
+                    pod = SUBNETS[family == 6].format(node.number)
+                    text = MASQUERADE.replace("POD", pod).replace("NET", net).replace("MANY", many)
+                    assert node.run(f"{tool}-legacy -t nat -S FLANNEL-POSTRTG") == text, f"{scenario}: {tool}"
+
+        # E9.
+        pods[1].remove()
+        pods[1].make()
+        talk("E9, a pod made anew")
+        # E10, and nothing is lost meanwhile.
+        before = [node.subnet_env() for node in lab.nodes]
+        with Flow(pods[0], pods[1], rate=100) as out, Flow(pods[2], pods[0], rate=100, port=7701) as back:
+            for node in lab.nodes:
+                node.stop()
+                start(node)
+                eventually(f"{node} is back", lambda: len(node.peers("plain")) == 2, 30)  # noqa: B023
+        assert not out.result.lost and not back.result.lost, f"E10: {out.result}, {back.result}"
+        assert [node.subnet_env() for node in lab.nodes] == before, "E10: a restart changes no subnet"
+
+        # The same pods on ipsec: from here on no packet of theirs is to be seen on the wire.
+        use("ipsec")
+        lab.meshed(timeout=60)
+        lab.wire.settle()
+        lab.wire.plaintext.clear()
+        lab.wire.allowed = None
+        tunnelled = lab.wire.tunnelled
+        talk("ipsec")
+        assert lab.wire.tunnelled >= tunnelled + 60, "all of it is ESP"
+        a_minute_without_the_server(lab, kube, pods, secret, keys)
+
+
+def a_minute_without_the_server(lab, kube, pods, secret, keys):
+    logs = [len(node.log()) for node in lab.nodes]
+    kids = lambda node: len([psk for psk in node.status()["psks"] if not psk["withdrawn"]])  # noqa: E731
+    epochs = [node.status()["epoch"] for node in lab.nodes]
+    with Flow(pods[0], pods[2], rate=100) as out, Flow(pods[1], pods[0], rate=100, port=7701) as back:
+        kube.stop()
+        away = time.monotonic()
+        eventually("it is told", lambda: all("the store can't be read" in str(node.status()["problems"]) for node in lab.nodes), 40)
+        # Nobody tells the nodes of what happens meanwhile, and its history is gone.
+        kube.start("127.0.0.1")
+        kube.give("ringmail-psk", {"1": keys[0], "2": keys[1]}, "kube-system")
+        kube.ask("PATCH", f"nodes/{lab.node(3)}", {"metadata": {"annotations": {"test/other": "x"}}}, "application/merge-patch+json")
+        kube.compact()
+        kube.stop()
+        time.sleep(max(0, away + 60 - time.monotonic()))
+        measured("the API server was away for", time.monotonic() - away)
+        kube.start()
+        returned = time.monotonic()
+        eventually("the Secret's keys are read anew", lambda: kids(lab.node(3)) == 2, 40)
+        measured("from its return to a Secret's new key", time.monotonic() - returned)
+        mount(secret, ("1", keys[0]), ("2", keys[1]))
+        for node, epoch in zip(lab.nodes, epochs):
+            eventually(f"{node} has both keys", lambda: kids(node) == 2 and node.status()["epoch"] > epoch, 40)  # noqa: B023
+        well = lambda: all(not node.status()["problems"] for node in lab.nodes)  # noqa: E731
+        eventually("nothing is wrong", well, 40)
+        lab.meshed(timeout=40)
+    assert not out.result.lost and not back.result.lost, f"{out.result}, {back.result}"
+    measures.append(f"a minute without the API server: {out.result}; {back.result}")
+    said = [node.log()[at:] for node, at in zip(lab.nodes, logs)]
+    assert all("the Nodes are listed anew" in text for text in said), "the server could not go on where it was"

@@ -6,8 +6,9 @@ import pathlib
 
 import pytest
 
+import frames
 from rig import eventually
-from running import measures
+from running import dropped, measures, more
 
 VXLAN = {"Type": "vxlan"}
 MIXED = {"Type": "ipsec", "AllowPlaintextPeers": True}
@@ -60,12 +61,13 @@ def note(what, flow):
 
 
 @pytest.fixture
-def mesh(make_lab):
+def mesh(request, make_lab):
+    """Three nodes on the backend that the test asks for, flannel's own else."""
     lab = make_lab(3)
-    lab.wire.allow_plaintext("the mesh begins on vxlan")
+    lab.wire.allow_plaintext("the mesh begins unencrypted")
     mesh = Mesh(lab)
     for node in lab.nodes:
-        mesh.give(node.number, VXLAN)
+        mesh.give(node.number, getattr(request, "param", VXLAN))
     mesh.start()
     return mesh
 
@@ -135,3 +137,52 @@ def test_each_pair_uses_the_best_of_both_until_plaintext_is_closed(mesh):
     mesh.come_to(1, {2: "up", 3: "refused"})
     eventually("no packet passes", shut, 20)
     assert lab.node(1).audit()["ok"]
+
+
+BEFORE = {"vxlan-4096": {"Type": "vxlan", "VNI": 4096, "Port": 4789}, "host-gw": {"Type": "host-gw"}}
+
+
+@pytest.mark.parametrize("mesh, before", [(one, one) for one in BEFORE.values()], ids=list(BEFORE), indirect=["mesh"])
+def test_the_backend_of_before_may_be_another_than_flannels_default(mesh, before):
+    lab, mixed = mesh.lab, {"Type": "ipsec", "AllowPlaintextPeers": before}
+    pods = lab.pods()
+    talk = lambda: all(a.ping(b, size=1400) == 1 for a in pods for b in pods if a is not b)  # noqa: E731
+    eventually("pods talk", talk, 20)
+    for number in (1, 2):
+        mesh.give(number, mixed)
+    mesh.come_to(1, {2: "up", 3: "plain"})
+    mesh.come_to(2, {1: "up", 3: "plain"})
+    eventually("pods talk", talk, 20)
+    (told,) = mesh.problems(1)
+    assert told.startswith(f"1 of 2 peers in PLAINTEXT, as AllowPlaintextPeers allows: {lab.node(3)};"), told
+    assert any("AllowPlaintextPeers" in way for way in lab.node(1).audit()["plaintext"])
+    seen = []
+    for target in (pods[1], pods[2]):
+        lab.wire.settle()
+        lab.wire.plaintext.clear()
+        assert pods[0].ping(target, count=3, interval=0.05) == 3
+        lab.wire.settle()
+        seen.append(len(lab.wire.plaintext) > 0)
+    assert seen == [False, True], "what the wire shows of each pair"
+
+    # The third comes without a word for plaintext. Who sends as its pods, the own ones or nobody's is not heard.
+    mesh.give(3, IPSEC)
+    mesh.come_to(1, {2: "up", 3: "up"})
+    mesh.come_to(3, {1: "up", 2: "up"})
+    eventually("pods talk", talk, 20)
+    taken = {pod.address().split(".")[2] for pod in pods}
+    nobodys = next(f"10.244.{number}.10" for number in range(1, 255) if str(number) not in taken)
+    with pods[0].listen(4000) as listener:
+        for source in (pods[2].address(), pods[0].address().rsplit(".", 1)[0] + ".77", nobodys):
+            before_it = dropped(lab.node(1))
+            lab.spoof(1, frames.udp(source, pods[0].address()), count=5)
+            eventually(f"{source} is dropped", lambda: sum(more(before_it, dropped(lab.node(1))).values()) >= 5, 5)  # noqa: B023
+        assert not listener.callers, listener.callers
+
+    for number in (1, 2):
+        mesh.give(number, IPSEC)
+    for node in lab.nodes:
+        eventually("nothing is wrong", lambda: mesh.problems(node.number) == [], 20)  # noqa: B023
+        eventually("nothing is open", lambda: node.audit()["ok"], 20)  # noqa: B023
+        assert "flannel" not in node.run("ip link") and "via 192.168.77" not in node.run("ip route show proto 114")
+    assert talk()

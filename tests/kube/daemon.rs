@@ -1,6 +1,6 @@
 //! The daemon with flannel's flags over a real API server.
 
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use nix::sys::signal::Signal;
 use serde_json::{Value, json};
@@ -53,7 +53,7 @@ fn the_daemon_serves_flannels_cluster_with_flannels_flags() {
         let up = async || server.condition("flannel1").await == Some("False".into());
         hosts[0].eventually("the condition", up).await;
 
-        // flannel's own scenario.
+        // flannel's own scenario, F4.
         server
             .annotate(
                 "flannel2",
@@ -151,7 +151,7 @@ fn the_daemon_serves_flannels_cluster_with_flannels_flags() {
 
 #[test]
 #[ignore = "needs kube-apiserver"]
-fn a_thousand_nodes_with_fifty_images_cost_little_memory() {
+fn a_thousand_nodes_with_fifty_images_cost_little_memory_and_their_heartbeats_little_time() {
     const NODES: u32 = 1000;
     mesh::alone(async {
         let server = Server::start_at("0.0.0.0").await;
@@ -180,7 +180,7 @@ fn a_thousand_nodes_with_fifty_images_cost_little_memory() {
         all(&host).await;
         let (listed, highest) = (host.memory("VmRSS:"), host.memory("VmHWM:"));
         println!(
-            "resident KiB: alone {lone}; after {NODES} Nodes came {watched} (peak {peak}, {spent:?} of processor time); \
+            "measured: resident KiB: alone {lone}; after {NODES} Nodes came {watched} (peak {peak}, {spent:?} of processor time); \
              after a list {listed} (peak {highest})"
         );
         let weight = serde_json::to_string(&images).expect("JSON").len();
@@ -188,6 +188,37 @@ fn a_thousand_nodes_with_fifty_images_cost_little_memory() {
         assert!(
             highest.max(peak) < lone + 24 * 1024,
             "memory grows with the Nodes' size"
+        );
+
+        // Kubelets say that their Nodes are well; nothing of it is news to the mesh, and what is comes through at once.
+        let (spent, came, began) = (host.processor(), host.received(), Instant::now());
+        let beats = server.beat(NODES, Duration::from_secs(10)).await;
+        let other = json!({"flannel.alpha.coreos.com/public-ip": "192.168.77.10"});
+        server.annotate("big-1099", other).await;
+        let shows = async || host.ask("leases").1.contains("192.168.77.10");
+        let after = host.eventually("what comes after the heartbeats is seen", shows).await;
+        let (took, spent, came) = (began.elapsed(), host.processor() - spent, host.received() - came);
+        let (each, bytes) = (spent / beats, came / u64::from(beats));
+        println!(
+            "measured: {beats} heartbeats of {NODES} Nodes in {took:?}, {:.0} a second, {bytes} bytes each at the daemon, {spent:?} of \
+             its processor time, {each:?} each; a change is seen {after:?} after the last; resident KiB {}, peak {}",
+            f64::from(beats) / took.as_secs_f64(),
+            host.memory("VmRSS:"),
+            host.memory("VmHWM:")
+        );
+        assert!(beats > 200, "the server took {beats} of them");
+        assert!(bytes > 200, "they were watched: {bytes} bytes each");
+        assert!(
+            bytes < u64::try_from(weight).expect("small") / 2,
+            "images came along: {bytes} bytes each"
+        );
+        assert!(
+            each < Duration::from_millis(5) && after < Duration::from_secs(5),
+            "{each:?}, {after:?}"
+        );
+        assert!(
+            host.memory("VmHWM:") < lone + 24 * 1024,
+            "memory grows with the heartbeats"
         );
     });
 }

@@ -162,6 +162,7 @@ async fn pod(client: &Client) -> Pod {
     }
 }
 
+/// flannel's own scenario F5 is that its manifest is accepted.
 #[tokio::test]
 #[ignore = "needs kube-apiserver"]
 async fn the_manifests_are_accepted_and_have_the_names_of_flannels_documentation() {
@@ -444,6 +445,9 @@ async fn the_chart_takes_every_option_of_every_backend_to_the_daemon() {
     let backends = [
         json!({
             "Type": "ipsec", "UDPEncap": "auto", "EncapPort": 4501, "ESPProposal": "aes256gcm16", "RekeyAfter": "7200s",
+            "AllowPlaintextPeers": {
+                "Type": "vxlan", "VNI": 7, "Port": 8473, "GBP": false, "Learning": false, "DirectRouting": true, "MTU": 1450,
+            },
             "RekeyPackets": 8_589_934_592_u64, "RekeyBytes": 4_398_046_511_104_u64, "PSKGrace": "60s", "MTU": 1400,
         }),
         json!({

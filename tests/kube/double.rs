@@ -1,5 +1,5 @@
-//! A small double of the API server for what a real one can't be made to do. It speaks HTTP/1.1 without TLS, knows Nodes,
-//! lists and watches, and fails as it is told.
+//! A small double of the API server for what a real one can't be made to do. It speaks HTTP/1.1 without TLS, knows Nodes
+//! and Secrets, lists and watches, and fails as it is told.
 
 use std::collections::BTreeMap;
 use std::sync::{Arc, Mutex, MutexGuard};
@@ -20,6 +20,8 @@ pub(crate) enum Fault {
     None,
     /// Open watches end with a 410 in the stream, and none begins before the newest version.
     Gone,
+    /// Open watches end as they do after a while, and none begins before the newest version.
+    Closed,
     /// Whoever asks is told to come back later.
     Busy,
     /// The next event is cut off in its middle, and its connection with it.
@@ -31,9 +33,10 @@ pub(crate) enum Fault {
 #[derive(Default)]
 struct State {
     version: u64,
-    nodes: BTreeMap<String, Value>,
-    /// What happened: version, kind, Node.
-    events: Vec<(u64, &'static str, Value)>,
+    /// By where they are, `nodes` or `secrets`, and by name.
+    objects: BTreeMap<(&'static str, String), Value>,
+    /// What happened: version, where, kind, object.
+    events: Vec<(u64, &'static str, &'static str, Value)>,
     fault: Fault,
     lists: usize,
     watches: usize,
@@ -101,41 +104,56 @@ impl Double {
 
     /// Puts a Node with a lease of host-gw.
     pub(crate) fn put(&self, name: &str, pods: &str, public: &str) {
-        let mut state = self.state();
-        state.version += 1;
         let node = json!({
             "apiVersion": "v1", "kind": "Node",
-            "metadata": {"name": name, "uid": name, "resourceVersion": state.version.to_string(), "annotations": {
+            "metadata": {"name": name, "uid": name, "annotations": {
                 "double.test/kube-subnet-manager": "true", "double.test/backend-type": "host-gw",
                 "double.test/backend-data": "null", "double.test/public-ip": public,
             }},
             "spec": {"podCIDR": pods, "podCIDRs": [pods]},
         });
-        let kind = if state.nodes.insert(name.into(), node.clone()).is_some() {
-            "MODIFIED"
-        } else {
-            "ADDED"
-        };
-        let version = state.version;
-        state.events.push((version, kind, node));
-        drop(state);
-        self.changed.send_replace(());
+        self.change(NODES, name, Some(node), true);
+    }
+
+    /// Puts a Secret of one entry, given in base64; `told`: watches hear of it.
+    pub(crate) fn put_secret(&self, name: &str, entry: &str, told: bool) {
+        let secret = json!({
+            "apiVersion": "v1", "kind": "Secret", "data": {"key-1": entry},
+            "metadata": {"name": name, "namespace": "default", "uid": name},
+        });
+        self.change(SECRETS, name, Some(secret), told);
     }
 
     /// Deletes a Node; `told`: watches hear of it.
     pub(crate) fn delete(&self, name: &str, told: bool) {
+        self.change(NODES, name, None, told);
+    }
+
+    fn change(&self, place: &'static str, name: &str, now: Option<Value>, told: bool) {
         let mut state = self.state();
         state.version += 1;
-        let version = state.version;
-        let mut node = state.nodes.remove(name).expect("it is there");
-        node["metadata"]["resourceVersion"] = version.to_string().into();
+        let (version, key) = (state.version, (place, name.to_owned()));
+        let there = state.objects.remove(&key);
+        let kind = match (&there, &now) {
+            (_, None) => "DELETED",
+            (None, _) => "ADDED",
+            _ => "MODIFIED",
+        };
+        let mut object = now.clone().or(there).expect("it is there");
+        object["metadata"]["resourceVersion"] = version.to_string().into();
+        if now.is_some() {
+            state.objects.insert(key, object.clone());
+        }
         if told {
-            state.events.push((version, "DELETED", node));
+            state.events.push((version, place, kind, object));
         }
         drop(state);
         self.changed.send_replace(());
     }
 }
+
+const NODES: &str = "nodes";
+const SECRETS: &str = "secrets";
 
 impl Drop for Double {
     fn drop(&mut self) {
@@ -160,25 +178,32 @@ async fn serve(mut stream: TcpStream, state: &Mutex<State>, mut changes: watch::
             let mut state = state.lock().expect("no holder panics");
             let from: u64 = asked("resourceVersion").parse().unwrap_or(0);
             let plain = path.split('?').next().unwrap_or_default();
+            let place = if plain.ends_with("/secrets") { SECRETS } else { NODES };
             match (state.fault, asked("watch") == "true" || asked("watch") == "1") {
                 (Fault::Busy, _) => (429, status(429, "too many requests"), None),
-                (Fault::Gone, true) if from < state.version => (410, status(410, "too old resource version"), None),
+                (Fault::Gone | Fault::Closed, true) if from < state.version => {
+                    (410, status(410, "too old resource version"), None)
+                }
                 (_, true) => {
                     state.watches += 1;
                     state.began = from;
-                    (200, Value::Null, Some(from))
+                    (200, Value::Null, Some((place, from)))
                 }
                 (_, false) => match plain.strip_prefix("/api/v1/nodes/") {
-                    Some(name) => match state.nodes.get(name) {
+                    Some(name) => match state.objects.get(&(NODES, name.to_owned())) {
                         Some(node) => (200, node.clone(), None),
                         None => (404, status(404, "not found"), None),
                     },
                     None => {
                         state.lists += 1;
-                        let items: Vec<&Value> = state.nodes.values().collect();
-                        let version = state.version.to_string();
+                        let there = state.objects.iter().filter(|((at, _), _)| *at == place);
+                        let items: Vec<&Value> = there.map(|(_, object)| object).collect();
+                        let (version, kind) = (
+                            state.version.to_string(),
+                            if place == NODES { "NodeList" } else { "SecretList" },
+                        );
                         let list = json!({
-                            "apiVersion": "v1", "kind": "NodeList", "metadata": {"resourceVersion": version}, "items": items,
+                            "apiVersion": "v1", "kind": kind, "metadata": {"resourceVersion": version}, "items": items,
                         });
                         (200, list, None)
                     }
@@ -186,7 +211,7 @@ async fn serve(mut stream: TcpStream, state: &Mutex<State>, mut changes: watch::
             }
         };
         match from {
-            Some(from) => return follow(stream, state, &mut changes, from).await,
+            Some((place, from)) => return follow(stream, state, &mut changes, place, from).await,
             None => {
                 let body = body.to_string();
                 let head = format!(
@@ -217,11 +242,12 @@ async fn request(stream: &mut TcpStream) -> std::io::Result<Option<String>> {
     Ok(head.split(' ').nth(1).map(str::to_owned))
 }
 
-/// Tells of what happens after `from`.
+/// Tells of what happens in `place` after `from`.
 async fn follow(
     mut stream: TcpStream,
     state: &Mutex<State>,
     changes: &mut watch::Receiver<()>,
+    place: &str,
     mut from: u64,
 ) -> std::io::Result<()> {
     let head = "HTTP/1.1 200 x\r\ncontent-type: application/json\r\ntransfer-encoding: chunked\r\n\r\n";
@@ -229,20 +255,24 @@ async fn follow(
     loop {
         let (next, fault) = {
             let state = state.lock().expect("no holder panics");
-            let next = state.events.iter().find(|(version, _, _)| *version > from).cloned();
+            let after = |(version, at, _, _): &&(u64, &str, &str, Value)| *version > from && *at == place;
+            let next = state.events.iter().find(after).cloned();
             (next, state.fault)
         };
+        if fault == Fault::Closed {
+            return stream.write_all(b"0\r\n\r\n").await;
+        }
         if fault == Fault::Gone {
             let event = json!({"type": "ERROR", "object": status(410, "too old resource version")});
             return chunk(&mut stream, format!("{event}\n").as_bytes()).await;
         }
-        let Some((version, kind, node)) = next else {
+        let Some((version, _, kind, object)) = next else {
             if changes.changed().await.is_err() {
                 return Ok(());
             }
             continue;
         };
-        let line = format!("{}\n", json!({"type": kind, "object": node}));
+        let line = format!("{}\n", json!({"type": kind, "object": object}));
         match fault {
             Fault::Cut => {
                 state.lock().expect("no holder panics").fault = Fault::None;

@@ -253,6 +253,14 @@ impl Host {
         Duration::from_millis(ticks * 10)
     }
 
+    /// Bytes that have come to the node.
+    pub(crate) fn received(&self) -> u64 {
+        let (_, devices) = self.attempt("cat /proc/net/dev");
+        let counts = devices.split_once("eth0:").expect("its uplink").1;
+        let bytes = counts.split_whitespace().next().expect("a number");
+        bytes.parse().expect("a number")
+    }
+
     pub(crate) fn log(&self) -> String {
         fs::read_to_string(self.folder.join("log")).unwrap_or_default()
     }

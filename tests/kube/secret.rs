@@ -3,17 +3,20 @@
 use std::collections::BTreeMap;
 use std::time::{Duration, Instant};
 
+use base64::Engine as _;
+use base64::engine::general_purpose::STANDARD;
 use k8s_openapi::ByteString;
 use k8s_openapi::api::core::v1::Secret;
 use k8s_openapi::api::rbac::v1::{Role, RoleBinding};
 use kube::Api;
 use kube::api::{DeleteParams, ObjectMeta, Patch, PatchParams};
 use ringmail::psk::{Held, PskSet};
-use ringmail::store::kube::Secrets;
+use ringmail::store::kube::{Access, Keys, Own, Secrets};
 use serde_json::json;
 use tokio::sync::watch;
 use tokio::time::{sleep, timeout};
 
+use super::double::{Double, Fault};
 use super::server::{Server, shared};
 
 const NET: &str = "10.10.0.0/16";
@@ -177,6 +180,42 @@ async fn an_outage_takes_no_key_away_and_what_was_missed_is_read() {
     println!("read {took:?} after the server was back");
     put(&server, "away", &[("key-3", key(3))]).await;
     assert!(comes_to(&mut held, &[3], "").await < SECOND);
+}
+
+/// A real server goes on where a Secret's watch was unless more was changed meanwhile than it remembers: the double does it at
+/// once, in the middle of a watch, and when one that has ended is taken up again.
+#[tokio::test]
+async fn a_410_on_the_secrets_watch_has_the_secret_read_anew_and_is_no_trouble() {
+    let double = Double::start().await;
+    let access = Access {
+        kubeconfig: None,
+        url: Some(double.url()),
+        keys: Keys::of("double.test").expect("a prefix"),
+        own: Own::Named(crate::name("n1")),
+    };
+    let put = |number: u8, told| double.put_secret("psk", &STANDARD.encode(key(number)), told);
+    put(1, true);
+    let secrets = Secrets::open(&access, "default/psk".parse().expect("a Secret")).await;
+    let mut held = secrets.expect("a cluster").watch(NET.into());
+    comes_to(&mut held, &[1], "").await;
+    let mut each = held.clone();
+    let troubled = tokio::spawn(async move {
+        let trouble = each.wait_for(|held| held.error.is_some()).await;
+        trouble.map(|held| shown(&held)).ok()
+    });
+    for (number, fault) in [(2, Fault::Gone), (4, Fault::Closed)] {
+        // Nobody tells of it; the watch goes on from before it.
+        put(number, false);
+        sleep(Duration::from_millis(300)).await;
+        assert_eq!(shown(&held.borrow()).0, [kid(number - 1)]);
+        double.fail(fault);
+        comes_to(&mut held, &[number], "").await;
+        double.fail(Fault::None);
+        put(number + 1, true);
+        comes_to(&mut held, &[number + 1], "").await;
+    }
+    drop(held);
+    assert_eq!(troubled.await.expect("no panic"), None);
 }
 
 #[tokio::test]

@@ -6,6 +6,7 @@ use std::process::{Child, Command, Stdio};
 use std::sync::{Arc, Weak};
 use std::time::{Duration, Instant};
 
+use futures_util::StreamExt as _;
 use k8s_openapi::api::core::v1::{Node, Pod};
 use kube::api::{DeleteParams, ListParams, Patch, PatchParams, PostParams};
 use kube::config::{KubeConfigOptions, Kubeconfig};
@@ -326,6 +327,35 @@ impl Server {
                 .await
                 .expect("filled");
         }
+    }
+
+    /// Has the Nodes of [`Server::fill`] say that they are well, as kubelets do, one after the other and as many at a time as
+    /// a server with a few thousand kubelets is asked by, for `long`; how often they said it.
+    pub(crate) async fn beat(&self, count: u32, long: Duration) -> u32 {
+        const AT_ONCE: usize = 8;
+        let (nodes, by, end) = (self.nodes().await, PatchParams::default(), Instant::now() + long);
+        let beats = (0..).take_while(|_| Instant::now() < end).map(|number: u32| {
+            let now = format!(
+                "2026-01-01T{:02}:{:02}:{:02}Z",
+                number / 3600,
+                number / 60 % 60,
+                number % 60
+            );
+            let ready = json!({"type": "Ready", "status": "True", "reason": "KubeletReady", "lastHeartbeatTime": now});
+            let (patch, name) = (
+                json!({"status": {"conditions": [ready]}}),
+                format!("big-{}", number % count + 100),
+            );
+            let (nodes, by) = (nodes.clone(), by.clone());
+            async move {
+                nodes
+                    .patch_status(&name, &by, &Patch::Strategic(patch))
+                    .await
+                    .expect("said")
+            }
+        });
+        let said = futures_util::stream::iter(beats).buffer_unordered(AT_ONCE).count();
+        u32::try_from(said.await).expect("not so many")
     }
 
     pub(crate) async fn get(&self, node: &str) -> Node {

@@ -1,4 +1,5 @@
-"""One node of ours and two of flannel's in one cluster over etcd: pods reach pods whoever's they are."""
+"""One node of ours and two of flannel's in one cluster over etcd: pods reach pods whoever's they are; also on the way from
+flannel's vxlan to ipsec, which needs a kernel with ESP (the tests with esp in their name)."""
 
 import json
 import os
@@ -9,7 +10,7 @@ import subprocess
 import pytest
 
 import netns
-from rig import eventually
+from rig import eventually, program
 from test_etcd import AT, NETWORK, PREFIX, Etcd
 
 OURS, THEIRS = 1, (2, 3)
@@ -61,12 +62,19 @@ class Flanneld:
             self.process.wait()
 
 
+def load_br_netfilter():
+    """flannel does not start without its folder under /proc. The kernel itself knows by what it loads modules."""
+    loader = pathlib.Path("/proc/sys/kernel/modprobe")
+    # A kernel without modules has no such file, and nothing to load.
+    if loader.exists():
+        subprocess.run([loader.read_text().strip(), "-a", "br_netfilter"], check=False)
+    assert pathlib.Path("/proc/sys/net/bridge").exists(), "flannel wants the kernel's module br_netfilter"
+
+
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_pods_of_both_programs_reach_each_other(lab, backend):
     lab.wire.allow_plaintext("the backend does not encrypt")
-    # flannel does not start without its folder under /proc.
-    subprocess.run(["modprobe", "-a", "br_netfilter"], check=False)
-    assert pathlib.Path("/proc/sys/net/bridge").exists(), "flannel wants the kernel's module br_netfilter"
+    load_br_netfilter()
     etcd = Etcd(lab)
     theirs = []
     try:
@@ -95,7 +103,7 @@ def test_pods_of_both_programs_reach_each_other(lab, backend):
         eventually("ours serves both again", lambda: others <= lab.node(OURS).peers("plain"), 20)
         theirs[0].stop()
         theirs[0].start()
-        eventually("flannel has started anew", lambda: theirs[0].process.poll() is None and pairs(lab, backend, [(1, 2), (2, 1)]) == [], 30)
+        eventually("flannel has started anew", lambda: theirs[0].process.poll() is None and pairs(lab, [(1, 2), (2, 1)], BACKENDS[backend]) == [], 30)
         check(lab, backend, "after restarts")
         assert not lab.node(OURS).status()["problems"]
 
@@ -116,9 +124,70 @@ def test_pods_of_both_programs_reach_each_other(lab, backend):
         etcd.stop()
 
 
-def pairs(lab, backend, wanted):
-    """Which of these pairs of pods do not reach each other, with the largest packets and with small ones."""
-    size = BACKENDS[backend]
+def test_a_node_on_esp_serves_flannels_nodes_in_plaintext_until_they_come_over(lab):
+    """As an operator migrates: the configuration in etcd changes under flannel, which does not look, and each node then gets
+    our program. Each pair uses the best that both have at every step."""
+    lab.wire.allow_plaintext("flannel does not encrypt")
+    load_br_netfilter()
+    lab.write_psk(subprocess.run([program(), "keygen"], stdout=subprocess.PIPE, check=True).stdout)
+    configure = lambda backend: etcd.ctl("put", f"{PREFIX}/config", json.dumps({"Network": NETWORK, "Backend": backend}))  # noqa: E731
+    start = lambda node: node.start("--etcd-endpoints", AT, "--ip-masq", "--psk-file", lab.psk_file)  # noqa: E731
+    etcd, ours, theirs = Etcd(lab), [lab.node(1)], {}
+    try:
+        configure({"Type": "vxlan"})
+        for number in THEIRS:
+            theirs[number] = Flanneld(lab.node(number))
+            theirs[number].ready()
+        start(lab.node(1))
+        lab.node(1).ready(40)
+        addresses = {lab.node(number).address() for number in THEIRS}
+        eventually("ours serves both", lambda: addresses <= lab.node(1).peers("plain"), 20)
+        for number in (1, 2, 3):
+            lab.make_pod(number)
+        every = [(a, b) for a in (1, 2, 3) for b in (1, 2, 3) if a != b]
+        talk = lambda when: eventually(f"{when}: all pods reach all", lambda: pairs(lab, every, 1400) == [], 30)  # noqa: E731
+        talk("on vxlan")
+        subnets = [lab.node(number).subnet_env()["FLANNEL_SUBNET"] for number in (1, 2, 3)]
+
+        configure({"Type": "ipsec", "AllowPlaintextPeers": True})
+        eventually("ours is on ipsec", lambda: lab.node(1).status()["backend"] == "ipsec", 20)
+        eventually("and serves both", lambda: addresses <= lab.node(1).peers("plain"), 20)
+        talk("one on ipsec")
+        lease = next(one for one in etcd.leases().values() if one["PublicIP"] == lab.node(1).address())
+        assert lease["BackendType"] == "vxlan" and {"VNI", "VtepMAC", "Statement", "Tags"} <= set(lease["BackendData"]), lease
+
+        for number in THEIRS:
+            theirs.pop(number).stop()
+            start(lab.node(number))
+            ours.append(lab.node(number))
+            for node in ours:
+                others = {str(other) for other in ours if other is not node}
+                eventually(f"{node} has {others} up", lambda: others <= node.peers("up"), 40)  # noqa: B023
+            assert lab.node(1).peers("plain") == {one.node.address() for one in theirs.values()}
+            talk(f"{len(ours)} on ipsec")
+            lab.wire.settle()
+            lab.wire.plaintext.clear()
+            assert lab.pod(1).ping(lab.pod(number), count=3, interval=0.05) == 3
+            lab.wire.settle()
+            assert not lab.wire.plaintext, "a pair of ours is encrypted"
+        assert [lab.node(number).subnet_env()["FLANNEL_SUBNET"] for number in (1, 2, 3)] == subnets
+        configure({"Type": "ipsec"})
+        for node in ours:
+            eventually(f"nothing of {node} is open", lambda: node.audit()["ok"] and not node.status()["problems"], 30)  # noqa: B023
+        talk("all on ipsec")
+    except AssertionError as error:
+        logs = "".join(f"\n--- {one.node}: {one.log()}" for one in theirs.values())
+        raise AssertionError(f"{error}{logs}\n--- ours: {lab.node(OURS).log()[-3000:]}") from error
+    finally:
+        for node in ours:
+            node.stop()
+        for one in theirs.values():
+            one.stop()
+        etcd.stop()
+
+
+def pairs(lab, wanted, size):
+    """Which of these pairs of pods do not reach each other, with packets of this size and with small ones."""
     return [(a, b) for a, b in wanted if not (lab.pod(a).ping(lab.pod(b)) and lab.pod(a).ping(lab.pod(b), size=size))]
 
 
@@ -127,7 +196,7 @@ def check(lab, backend, when):
         if not os.path.exists(f"/run/netns/{lab.pod(number)}"):
             lab.call("pod", number)
     wanted = [(a, b) for a in (1, 2, 3) for b in (1, 2, 3) if a != b]
-    eventually(f"{backend}, {when}: all pods reach all", lambda: pairs(lab, backend, wanted) == [], 30)
+    eventually(f"{backend}, {when}: all pods reach all", lambda: pairs(lab, wanted, BACKENDS[backend]) == [], 30)
     for node in lab.nodes:
         for number in (1, 2, 3):
             assert node.ping(lab.pod(number)) == 1, f"{backend}, {when}: {node} to pod {number}"

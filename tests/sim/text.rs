@@ -45,7 +45,7 @@ fn line(key: &Key, object: &Object) -> String {
         (Key::Sysctl(path), Object::Sysctl(value)) => format!("sysctl {path} = {value}"),
         (Key::Firewall, Object::Firewall(firewall)) => {
             let mut text = match firewall.form {
-                Form::Sealed => format!("firewall on {}", firewall.uplink),
+                Form::Sealed | Form::Ajar => format!("firewall on {}", firewall.uplink),
                 Form::Open { nft: true, .. } => "rules of nf_tables".into(),
                 Form::Open { nft: false, .. } => "rules of iptables".into(),
             };

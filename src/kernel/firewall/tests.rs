@@ -350,6 +350,23 @@ fn plaintext_of_the_mesh_is_counted_and_dropped_at_the_uplink_both_ways() {
             counted,
             "a rewrite keeps the numbers"
         );
+        // Where peers' plaintext is let in, the own subnet is still nobody else's.
+        let ajar = Firewall {
+            form: Form::Ajar,
+            ..dual_stack()
+        };
+        manager.apply(&ajar).expect("applied");
+        assert!(manager.verify(&ajar).expect("read") && !manager.verify(&dual_stack()).expect("read"));
+        for family in &FAMILIES {
+            let pod = lab.pod.socket(&at(family.pod, 7000));
+            let liar = lab.remote.socket(&at(family.spoofed_own, 0));
+            assert_eq!(seen(&liar, &pod, SILENCE), None, "as one of its own");
+            let peer = lab.remote.socket(&at(family.remote_pod, 0));
+            assert_eq!(seen(&peer, &pod, Duration::from_secs(3)), Some(ip(family.remote_pod)));
+            let sender = lab.pod.socket(&at(family.pod, 0));
+            let remote = lab.remote.socket(&at(family.remote_pod, 7000));
+            assert_eq!(seen(&sender, &remote, Duration::from_secs(3)), Some(ip(family.pod)));
+        }
         manager.remove().expect("removed");
         assert_eq!(manager.counters().expect("counters"), Counters::default());
     });

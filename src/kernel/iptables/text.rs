@@ -33,7 +33,7 @@ impl Chain {
     /// Whether a filter of this form has the chain.
     pub(super) fn is_of(self, firewall: &Firewall) -> bool {
         match (firewall.form, self) {
-            (Form::Sealed, Self::Raw | Self::Mangle | Self::Nat) => true,
+            (Form::Sealed | Form::Ajar, Self::Raw | Self::Mangle | Self::Nat) => true,
             (Form::Open { .. }, Self::Masquerade) => firewall.masquerade,
             (Form::Open { forward, .. }, Self::Forward) => forward,
             _ => false,

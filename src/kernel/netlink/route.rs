@@ -132,10 +132,21 @@ pub(super) fn apply(
                 } else {
                     NLM_F_CREATE | NLM_F_EXCL
                 };
-                match there.iter().find(|there| there.is_in_the_way() && !ours(there)) {
-                    Some(theirs) => results[index] = Some(Err(foreign(&writes[index].op, theirs))),
-                    None => second.make(index, &route, flags),
+                if let Some(theirs) = there.iter().find(|there| there.is_in_the_way() && !ours(there)) {
+                    results[index] = Some(Err(foreign(&writes[index].op, theirs)));
+                    continue;
                 }
+                // IPv6 asks the route that is to be replaced for an onlink gateway's device, and refuses another one
+                // (net/ipv6/route.c, ip6_route_check_nh_onlink). So the device changes first, which leaves no gap.
+                if flags & NLM_F_REPLACE != 0 && looks_itself_up(&route) {
+                    let device_alone = Route {
+                        gateway: None,
+                        onlink: false,
+                        ..route.clone()
+                    };
+                    second.make(index, &device_alone, flags);
+                }
+                second.make(index, &route, flags);
             }
         }
     }
@@ -146,6 +157,11 @@ pub(super) fn apply(
         .into_iter()
         .map(|result| result.expect("every operation has gone one way"))
         .collect()
+}
+
+/// Whether the gateway lies in the net that the route is to, in IPv6.
+fn looks_itself_up(route: &Route) -> bool {
+    route.net.addr().is_ipv6() && route.gateway.is_some_and(|gateway| route.net.contains(&gateway))
 }
 
 /// Requests that go together, each with the operation it is for.

@@ -201,7 +201,7 @@ fn contents(batch: &mut Batch, table: &str, firewall: &Firewall, mut counters: C
         w.attribute_str(TABLE, table);
         comment(w, TABLE_USERDATA, TABLE_COMMENT);
     });
-    let sealed = firewall.form == Form::Sealed;
+    let sealed = matches!(firewall.form, Form::Sealed | Form::Ajar);
     for way in Way::ALL.into_iter().filter(|_| sealed) {
         let tally = *counters.of(way);
         message(batch, NEW_OBJECT, NLM_F_CREATE, |w| {

@@ -58,6 +58,50 @@ fn every_kind_of_object_can_be_changed() {
     });
 }
 
+/// As a change of the backend asks for, from host-gw or ipsec to VXLAN and from there to VXLAN of another VNI.
+#[test]
+#[ignore = "needs root"]
+fn a_peers_route_is_led_to_another_device_by_a_gateway_that_only_that_device_has() {
+    in_namespace(|| {
+        let (mut netlink, keys) = (open(), Keys::new());
+        for (device, address) in [("wan", "fd77::1/64"), ("vxlan-1", ""), ("vxlan-2", "")] {
+            ip(&format!("link add {device} type veth peer name {device}-far"));
+            ip(&format!("link set {device} up"));
+            ip(&format!("link set {device}-far up"));
+            if !address.is_empty() {
+                ip(&format!("address add {address} dev {device} nodad"));
+                ip(&format!("address add 192.168.77.1/24 dev {device}"));
+            }
+        }
+        for (subnet, neighbour) in subnets(2).into_iter().zip(["192.168.77.2", "fd77::2"]) {
+            let route = |link: &str, gateway: std::net::IpAddr, onlink| {
+                let via = Some(crate::kernel::Via { gateway, onlink });
+                Object::Route(Box::new(crate::kernel::Route {
+                    link: link.into(),
+                    via,
+                    source: None,
+                    mtu: None,
+                }))
+            };
+            let key = Key::Route(subnet);
+            let ways = [
+                route("wan", addr(neighbour), false),
+                route("vxlan-1", subnet.network(), true),
+                route("vxlan-2", subnet.network(), true),
+                route("wan", addr(neighbour), false),
+            ];
+            let mut ways = ways.into_iter();
+            let first = ways.next().expect("the first");
+            must(&mut netlink, vec![Op::Make(key.clone(), first)], &keys);
+            for way in ways {
+                must(&mut netlink, vec![Op::Change(key.clone(), way.clone())], &keys);
+                assert_eq!(netlink.dump().expect("dump").get(&key), Some(&way));
+            }
+            must(&mut netlink, vec![Op::Break(key)], &keys);
+        }
+    });
+}
+
 /// Things of other programs that resemble ours, and how `ip` shows them.
 pub(super) fn foreigners() -> Vec<&'static str> {
     vec![
