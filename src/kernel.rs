@@ -14,6 +14,7 @@ pub mod netlink;
 pub mod nft;
 mod offload;
 pub mod sysctl;
+pub mod xfrm_errors;
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::fmt;
