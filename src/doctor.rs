@@ -17,7 +17,7 @@ pub mod facts;
 mod filter;
 pub mod read;
 #[cfg(test)]
-mod tests;
+pub(crate) mod tests;
 
 use serde::Serialize;
 
@@ -65,7 +65,11 @@ pub fn examine(facts: &Facts) -> Vec<Finding> {
 
 /// What is worth saying and is no finding: what could not be read, and counters that stand still above zero.
 pub fn notes(facts: &Facts) -> Vec<String> {
-    let mut notes: Vec<String> = facts.unread.iter().map(|what| format!("not looked at: {what}")).collect();
+    let mut notes: Vec<String> = facts
+        .unread
+        .iter()
+        .map(|what| format!("not looked at: {what}"))
+        .collect();
     let dropped = facts.report.iter().filter_map(|report| report.plaintext);
     for (way, tally) in dropped.flat_map(|counters| counters.iter().collect::<Vec<_>>()) {
         if tally.packets > 0 {

@@ -64,7 +64,10 @@ pub(super) fn run(arguments: &Arguments, style: &Style) -> Result<Shown, Failure
         bundle::write(path, &entries, facts.now, arguments.force)
             .context("the support bundle")
             .map_err(Failure::other)?;
-        text = format!("\nbundle: {}, without the log: its README.txt says where that is\n", path.display());
+        text = format!(
+            "\nbundle: {}, without the log: its README.txt says where that is\n",
+            path.display()
+        );
     }
     Ok(if arguments.common.json {
         let (findings, notes) = (&findings[..], &notes[..]);

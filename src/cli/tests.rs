@@ -20,6 +20,7 @@ use crate::node::report::Report;
 use crate::testing::Folder;
 use crate::tunnel::{Counters, Offload};
 
+mod doctor;
 mod removal;
 
 const PLAIN: Style = Style { colour: false };

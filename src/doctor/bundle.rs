@@ -69,8 +69,19 @@ pub fn entries(facts: &Facts, findings: &[Finding], shown: &str) -> Vec<Entry> {
     };
     add("facts.json", json(&rest));
     add("network/links.json", json(&facts.links));
-    add("network/routes.txt", lines(facts.routes.iter().map(|route| format!("{route} proto {}", route.protocol))));
-    add("network/rules.txt", lines(facts.rules.iter().map(|rule| format!("IPv{} {rule}", rule.family))));
+    add(
+        "network/routes.txt",
+        lines(
+            facts
+                .routes
+                .iter()
+                .map(|route| format!("{route} proto {}", route.protocol)),
+        ),
+    );
+    add(
+        "network/rules.txt",
+        lines(facts.rules.iter().map(|rule| format!("IPv{} {rule}", rule.family))),
+    );
     add(
         "network/policies.txt",
         lines(facts.policies.iter().map(|policy| {
@@ -96,7 +107,10 @@ pub fn entries(facts: &Facts, findings: &[Finding], shown: &str) -> Vec<Entry> {
             FilterKind::Nft => "json",
             FilterKind::Iptables4 | FilterKind::Iptables6 => "txt",
         };
-        add(&format!("filter/{number}-{}.{end}", filter.program), filter.text.clone());
+        add(
+            &format!("filter/{number}-{}.{end}", filter.program),
+            filter.text.clone(),
+        );
     }
     for (folder, texts) in [("proc", &facts.texts), ("proc-later", &facts.later)] {
         for (path, text) in texts {

@@ -233,7 +233,9 @@ pub struct CniFile {
 impl CniFile {
     /// Whether it calls ringmail's plugin, under its own name or flannel's.
     pub fn is_ours(&self) -> bool {
-        self.plugins.iter().any(|name| name == "flannel" || name == "ringmail-cni")
+        self.plugins
+            .iter()
+            .any(|name| name == "flannel" || name == "ringmail-cni")
     }
 }
 

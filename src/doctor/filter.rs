@@ -135,18 +135,20 @@ impl Filter {
     /// Who surely drops the packet at these hooks.
     pub(super) fn drops(&self, packet: &Packet<'_>, hooks: &[Hook]) -> Option<Dropped> {
         let enters = |chain: &&Chain| {
-            chain.hook.is_some_and(|hook| hooks.contains(&hook))
-                && chain.v6.is_none_or(|v6| v6 == packet.src.is_ipv6())
+            chain.hook.is_some_and(|hook| hooks.contains(&hook)) && chain.v6.is_none_or(|v6| v6 == packet.src.is_ipv6())
         };
-        self.chains.iter().filter(enters).find_map(|chain| match self.walk(chain, packet, 0) {
-            End::Dropped(dropped) => Some(dropped),
-            End::Returned if chain.drops => Some(Dropped {
-                by: format!("the policy of {}, which drops what no rule accepts", chain.name),
-                packets: None,
-                remedy: chain.accept.replace("{}", &packet.said(&chain.accept)),
-            }),
-            End::Accepted | End::Returned | End::Unsure => None,
-        })
+        self.chains
+            .iter()
+            .filter(enters)
+            .find_map(|chain| match self.walk(chain, packet, 0) {
+                End::Dropped(dropped) => Some(dropped),
+                End::Returned if chain.drops => Some(Dropped {
+                    by: format!("the policy of {}, which drops what no rule accepts", chain.name),
+                    packets: None,
+                    remedy: chain.accept.replace("{}", &packet.said(&chain.accept)),
+                }),
+                End::Accepted | End::Returned | End::Unsure => None,
+            })
     }
 
     fn walk(&self, chain: &Chain, packet: &Packet<'_>, depth: u32) -> End {

@@ -6,6 +6,9 @@ mod files;
 mod filters;
 mod net;
 
+#[cfg(test)]
+pub(super) use files::conf;
+
 use std::fs;
 use std::path::Path;
 use std::thread::sleep;
@@ -80,7 +83,10 @@ pub fn read(look: &Look<'_>) -> Result<Facts, AskError> {
     files::sockets(&mut facts);
     kernel(&mut facts);
     let silent = facts.peers().iter().filter(|peer| peer.state == State::Waiting);
-    let silent: Vec<_> = silent.filter_map(|peer| peer.address.parse().ok()).take(PEERS).collect();
+    let silent: Vec<_> = silent
+        .filter_map(|peer| peer.address.parse().ok())
+        .take(PEERS)
+        .collect();
     match echo::ask(&silent) {
         Ok(echoes) => facts.echoes = echoes,
         Err(error) => facts.unread.push(format!("whether silent peers answer ping: {error}")),
@@ -96,7 +102,9 @@ pub fn read(look: &Look<'_>) -> Result<Facts, AskError> {
 }
 
 fn seconds_since_1970() -> u64 {
-    SystemTime::now().duration_since(UNIX_EPOCH).map_or(0, |since| since.as_secs())
+    SystemTime::now()
+        .duration_since(UNIX_EPOCH)
+        .map_or(0, |since| since.as_secs())
 }
 
 /// A text below /proc, with its path.
@@ -182,8 +190,11 @@ fn policy(parsed: &Parsed<xfrm::Policy, ForeignPolicy>) -> Option<Policy> {
                     format!("tunnel {} > {} reqid {}", template.src, template.dst, template.reqid)
                 }
             };
-            let by_reqid = policy.template.is_some_and(|template| reqid_slot(template.reqid).is_some());
-            let ours = by_reqid || Guard::of_priority(policy.priority).is_some() || policy.priority == priority::PLAINTEXT;
+            let by_reqid = policy
+                .template
+                .is_some_and(|template| reqid_slot(template.reqid).is_some());
+            let ours =
+                by_reqid || Guard::of_priority(policy.priority).is_some() || policy.priority == priority::PLAINTEXT;
             (policy.id.direction, policy.id.selector, policy.priority, action, ours)
         }
         Parsed::Other(ForeignPolicy {
@@ -203,10 +214,7 @@ fn policy(parsed: &Parsed<xfrm::Policy, ForeignPolicy>) -> Option<Policy> {
         direction: direction.into(),
         from: selector.src,
         to: selector.dst,
-        narrow: selector.protocol != 0
-            || selector.sport.is_some()
-            || selector.dport.is_some()
-            || selector.ifindex != 0,
+        narrow: selector.protocol != 0 || selector.sport.is_some() || selector.dport.is_some() || selector.ifindex != 0,
         priority: number,
         action,
     })
@@ -226,11 +234,16 @@ fn kernel(facts: &mut Facts) {
         return;
     }
     let proposal = conf["Backend"]["ESPProposal"].as_str().unwrap_or("aes128gcm16");
-    let cipher = keys::Cipher::ALL.into_iter().find(|cipher| cipher.to_string() == proposal);
+    let cipher = keys::Cipher::ALL
+        .into_iter()
+        .find(|cipher| cipher.to_string() == proposal);
     let Some(cipher) = cipher else { return };
     let loopback: Addresses = [std::net::IpAddr::from([127, 0, 0, 1])].into_iter().collect();
     let tried = match Netlink::open(&Options { prefer_nft: true }) {
-        Ok(mut kernel) => kernel.preflight(cipher, &loopback).map(drop).map_err(|error| chain(&error)),
+        Ok(mut kernel) => kernel
+            .preflight(cipher, &loopback)
+            .map(drop)
+            .map_err(|error| chain(&error)),
         Err(error) => Err(chain(&error)),
     };
     facts.kernel_lacks = tried.err();

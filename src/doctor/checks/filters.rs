@@ -27,10 +27,17 @@ pub(super) fn drops(facts: &Facts) -> Vec<Finding> {
             if !named.insert((what.to_owned(), dropped.by.clone())) {
                 continue;
             }
-            let counted = dropped.packets.map(|packets| format!("; it has taken {packets} packets"));
+            let counted = dropped
+                .packets
+                .map(|packets| format!("; it has taken {packets} packets"));
             findings.push(
                 Finding::new(Broken, "filter-drops", what, format!("a packet filter drops {what}"))
-                    .seen(format!("{}{}, for one, {}", dropped.by, counted.unwrap_or_default(), said(packet, node)))
+                    .seen(format!(
+                        "{}{}, for one, {}",
+                        dropped.by,
+                        counted.unwrap_or_default(),
+                        said(packet, node)
+                    ))
                     .why("the peer's packets do not get through, whatever the daemons agree on")
                     .run(dropped.remedy),
             );
@@ -54,9 +61,19 @@ pub(super) fn drops(facts: &Facts) -> Vec<Finding> {
                 oif,
             };
             let arriving = packet(there, here, uplink, None);
-            look(&format!("{what} that arrives"), &arriving, &[Hook::Prerouting, Hook::Input], &peer.node);
+            look(
+                &format!("{what} that arrives"),
+                &arriving,
+                &[Hook::Prerouting, Hook::Input],
+                &peer.node,
+            );
             let leaving = packet(here, there, None, uplink);
-            look(&format!("{what} that leaves"), &leaving, &[Hook::Output, Hook::Postrouting], &peer.node);
+            look(
+                &format!("{what} that leaves"),
+                &leaving,
+                &[Hook::Output, Hook::Postrouting],
+                &peer.node,
+            );
         }
         for (mine, theirs) in pods(facts, peer) {
             let packet = |src, dst| Packet {

@@ -29,14 +29,19 @@ pub(super) fn duplicates(facts: &Facts) -> Vec<Finding> {
     for (net, node) in claims {
         match widest {
             Some((held, holder)) if held.contains(&net) && holder != node => findings.push(
-                Finding::new(Broken, "subnet-twice", net.to_string(), format!("subnet {net} is claimed twice"))
-                    .seen(if held == net {
-                        format!("{holder} and {node} have a lease of it")
-                    } else {
-                        format!("{holder} has a lease of {held}, {node} of {net}")
-                    })
-                    .why("neither is served: nobody can tell which node has the pods")
-                    .run("ringmail leases; remove the lease of the node that is wrong"),
+                Finding::new(
+                    Broken,
+                    "subnet-twice",
+                    net.to_string(),
+                    format!("subnet {net} is claimed twice"),
+                )
+                .seen(if held == net {
+                    format!("{holder} and {node} have a lease of it")
+                } else {
+                    format!("{holder} has a lease of {held}, {node} of {net}")
+                })
+                .why("neither is served: nobody can tell which node has the pods")
+                .run("ringmail leases; remove the lease of the node that is wrong"),
             ),
             Some((held, _)) if held.contains(&net) => {}
             _ => widest = Some((net, node)),
@@ -56,10 +61,21 @@ pub(super) fn outside(facts: &Facts) -> Vec<Finding> {
         let strays = parsed(&lease.subnets).into_iter().filter(|net| !within(net));
         strays.map(|net| {
             let network: Vec<String> = network.iter().map(ToString::to_string).collect();
-            Finding::new(Broken, "subnet-outside", &lease.node, format!("subnet {net} lies outside the Network"))
-                .seen(format!("{} holds it, the Network is {}", lease.node, network.join(" and ")))
-                .why("what is outside the Network is not encrypted, so it is not served")
-                .run("correct Network in net-conf.json, or the podCIDR of the Node (kube-controller-manager --cluster-cidr)")
+            Finding::new(
+                Broken,
+                "subnet-outside",
+                &lease.node,
+                format!("subnet {net} lies outside the Network"),
+            )
+            .seen(format!(
+                "{} holds it, the Network is {}",
+                lease.node,
+                network.join(" and ")
+            ))
+            .why("what is outside the Network is not encrypted, so it is not served")
+            .run(
+                "correct Network in net-conf.json, or the podCIDR of the Node (kube-controller-manager --cluster-cidr)",
+            )
         })
     });
     at_most(findings.collect())
@@ -81,7 +97,11 @@ pub(super) fn exhaustion(facts: &Facts) -> Vec<Finding> {
         let (severity, check, title) = if held >= *room {
             (Degraded, "subnets-used-up", format!("no {family} subnet is left"))
         } else {
-            (Notice, "subnets-nearly-used-up", format!("few {family} subnets are left"))
+            (
+                Notice,
+                "subnets-nearly-used-up",
+                format!("few {family} subnets are left"),
+            )
         };
         Some(
             Finding::new(severity, check, family, title)
@@ -97,10 +117,15 @@ pub(super) fn exhaustion(facts: &Facts) -> Vec<Finding> {
 pub(super) fn unreadable(facts: &Facts) -> Vec<Finding> {
     let rejected = facts.leases.iter().flat_map(|leases| &leases.rejected);
     let finding = |(name, why): (&String, &String)| {
-        Finding::new(Degraded, "lease-unreadable", name, format!("{name} in the store is no lease"))
-            .seen(why)
-            .why("the node that it is meant for is not known to this one")
-            .run("remove or correct it; its node's daemon writes its own anew")
+        Finding::new(
+            Degraded,
+            "lease-unreadable",
+            name,
+            format!("{name} in the store is no lease"),
+        )
+        .seen(why)
+        .why("the node that it is meant for is not known to this one")
+        .run("remove or correct it; its node's daemon writes its own anew")
     };
     at_most(rejected.map(finding).collect())
 }

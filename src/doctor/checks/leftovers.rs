@@ -37,7 +37,10 @@ pub(super) fn found(facts: &Facts) -> Vec<Finding> {
         return Vec::new();
     }
     let owner = |names: &[(&'static str, &'static str)], name: &str| {
-        names.iter().find(|(start, _)| name.starts_with(start)).map(|(_, owner)| *owner)
+        names
+            .iter()
+            .find(|(start, _)| name.starts_with(start))
+            .map(|(_, owner)| *owner)
     };
     let uses_flannels = uses_flannels(facts);
     let device = |link: &Link| {
@@ -45,9 +48,15 @@ pub(super) fn found(facts: &Facts) -> Vec<Finding> {
         let name = &link.name;
         Some(
             Finding::new(Degraded, "leftover-device", name, format!("{name} of {owner} is here"))
-                .seen(format!("device {name}, MTU {}, {}", link.mtu, if link.up { "up" } else { "down" }))
+                .seen(format!(
+                    "device {name}, MTU {}, {}",
+                    link.mtu,
+                    if link.up { "up" } else { "down" }
+                ))
                 .why("two network programs on a node take each other's packets; a route to it goes past the mesh")
-                .run(format!("make sure that {owner} does not run here, then: ip link delete {name}")),
+                .run(format!(
+                    "make sure that {owner} does not run here, then: ip link delete {name}"
+                )),
         )
     };
     let mut findings: Vec<Finding> = facts.links.iter().filter_map(device).collect();
@@ -59,10 +68,17 @@ pub(super) fn found(facts: &Facts) -> Vec<Finding> {
         });
         let Some((name, owner)) = theirs else { continue };
         findings.push(
-            Finding::new(Notice, "leftover-rules", &filter.program, format!("rules of {owner} are in the packet filter"))
-                .seen(format!("{name}, as {} shows it", filter.program))
-                .why("they accept, drop or translate what the mesh carries by another program's idea of it")
-                .run(format!("make sure that {owner} does not run here, then remove them, or restart the node")),
+            Finding::new(
+                Notice,
+                "leftover-rules",
+                &filter.program,
+                format!("rules of {owner} are in the packet filter"),
+            )
+            .seen(format!("{name}, as {} shows it", filter.program))
+            .why("they accept, drop or translate what the mesh carries by another program's idea of it")
+            .run(format!(
+                "make sure that {owner} does not run here, then remove them, or restart the node"
+            )),
         );
     }
     at_most(findings)
@@ -86,7 +102,9 @@ fn chain_names(by: FilterKind, text: &str) -> Vec<String> {
             let all: serde_json::Value = serde_json::from_str(text).unwrap_or_default();
             let objects = all["nftables"].as_array().cloned().unwrap_or_default();
             let name = |object: &serde_json::Value| {
-                let object = [&object["table"], &object["chain"]].into_iter().find(|object| object.is_object())?;
+                let object = [&object["table"], &object["chain"]]
+                    .into_iter()
+                    .find(|object| object.is_object())?;
                 object["name"].as_str().map(str::to_owned)
             };
             objects.iter().filter_map(name).collect()
@@ -104,13 +122,21 @@ pub(super) fn cni(facts: &Facts) -> Vec<Finding> {
     };
     let (folder, ours) = (facts.cni_folder.display(), &facts.cni[ours].name);
     vec![
-        Finding::new(Degraded, "cni-order", &first.name, format!("the container runtime takes {} in the place of ringmail's", first.name))
-            .seen(format!(
-                "{folder}/{} (plugins: {}) comes before {ours}",
-                first.name,
-                first.plugins.join(", ")
-            ))
-            .why("a runtime takes the first file by name: pods that start now are not of the mesh")
-            .run(format!("mv {folder}/{} /root/; start the pods that began meanwhile anew", first.name)),
+        Finding::new(
+            Degraded,
+            "cni-order",
+            &first.name,
+            format!("the container runtime takes {} in the place of ringmail's", first.name),
+        )
+        .seen(format!(
+            "{folder}/{} (plugins: {}) comes before {ours}",
+            first.name,
+            first.plugins.join(", ")
+        ))
+        .why("a runtime takes the first file by name: pods that start now are not of the mesh")
+        .run(format!(
+            "mv {folder}/{} /root/; start the pods that began meanwhile anew",
+            first.name
+        )),
     ]
 }

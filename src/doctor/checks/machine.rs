@@ -45,10 +45,18 @@ pub(super) fn limits(facts: &Facts) -> Vec<Finding> {
         .zip(facts.number("sys/net/netfilter/nf_conntrack_max"));
     if let Some((used, room)) = tracked.filter(|(used, room)| full(*used, *room)) {
         findings.push(
-            Finding::new(Degraded, "conntrack", "node", "the table of tracked connections is nearly full")
-                .seen(format!("{used} of {room}"))
-                .why("when it is full, packets of new connections are dropped")
-                .run(format!("sysctl -w net.netfilter.nf_conntrack_max={}; conntrack -S", (room * 4).max(65_536))),
+            Finding::new(
+                Degraded,
+                "conntrack",
+                "node",
+                "the table of tracked connections is nearly full",
+            )
+            .seen(format!("{used} of {room}"))
+            .why("when it is full, packets of new connections are dropped")
+            .run(format!(
+                "sysctl -w net.netfilter.nf_conntrack_max={}; conntrack -S",
+                (room * 4).max(65_536)
+            )),
         );
     }
     for (family, table) in [("ipv4", "arp_cache"), ("ipv6", "ndisc_cache")] {
@@ -56,15 +64,26 @@ pub(super) fn limits(facts: &Facts) -> Vec<Finding> {
         let room = facts.number(&format!("sys/net/{family}/neigh/default/gc_thresh3"));
         if let Some((held, room)) = held.zip(room).filter(|(held, room)| full(*held, *room)) {
             findings.push(
-                Finding::new(Degraded, "neighbours", family, format!("the {family} neighbour table is nearly full"))
-                    .seen(format!("{held} entries, gc_thresh3 is {room}"))
-                    .why("when it is full, hosts and pods that are new can't be reached")
-                    .run(format!("sysctl -w net.{family}.neigh.default.gc_thresh3={}", (room * 4).max(4096))),
+                Finding::new(
+                    Degraded,
+                    "neighbours",
+                    family,
+                    format!("the {family} neighbour table is nearly full"),
+                )
+                .seen(format!("{held} entries, gc_thresh3 is {room}"))
+                .why("when it is full, hosts and pods that are new can't be reached")
+                .run(format!(
+                    "sysctl -w net.{family}.neigh.default.gc_thresh3={}",
+                    (room * 4).max(4096)
+                )),
             );
         }
     }
     let memory = |name: &str| {
-        let line = facts.text("meminfo").lines().find_map(|line| line.strip_prefix(name)?.strip_prefix(':'))?;
+        let line = facts
+            .text("meminfo")
+            .lines()
+            .find_map(|line| line.strip_prefix(name)?.strip_prefix(':'))?;
         line.split_whitespace().next()?.parse::<u64>().ok()
     };
     let memory = memory("MemAvailable").zip(memory("MemTotal"));

@@ -29,13 +29,21 @@ pub(super) fn pods(facts: &Facts) -> Vec<Finding> {
     leads.sort_by(|a, b| a.name.cmp(&b.name));
     leads.dedup();
     let finding = |link: &Link| {
-        Finding::new(Degraded, "pod-mtu", &link.name, format!("{} takes larger packets than the mesh", link.name))
-            .seen(format!("{} has an MTU of {}, the mesh of {mesh}", link.name, link.mtu))
-            .why(
-                "a pod that sends full packets is told of the smaller size by ICMP at best: connections that hang after \
+        Finding::new(
+            Degraded,
+            "pod-mtu",
+            &link.name,
+            format!("{} takes larger packets than the mesh", link.name),
+        )
+        .seen(format!("{} has an MTU of {}, the mesh of {mesh}", link.name, link.mtu))
+        .why(
+            "a pod that sends full packets is told of the smaller size by ICMP at best: connections that hang after \
                  they began",
-            )
-            .run(format!("ip link set dev {} mtu {mesh}; start the pods of this node anew", link.name))
+        )
+        .run(format!(
+            "ip link set dev {} mtu {mesh}; start the pods of this node anew",
+            link.name
+        ))
     };
     at_most(leads.into_iter().filter(|link| link.mtu > mesh).map(finding).collect())
 }
@@ -63,10 +71,15 @@ pub(super) fn subnet_env(facts: &Facts) -> Vec<Finding> {
         && told != mesh
     {
         findings.push(
-            Finding::new(Degraded, "subnet-env-mtu", &file, format!("{file} has another MTU than the mesh"))
-                .seen(format!("FLANNEL_MTU={told}, the mesh has {mesh}"))
-                .why("pods that start now send packets of a size that does not fit; another program wrote the file")
-                .run(format!("cat {file}; systemctl restart ringmail")),
+            Finding::new(
+                Degraded,
+                "subnet-env-mtu",
+                &file,
+                format!("{file} has another MTU than the mesh"),
+            )
+            .seen(format!("FLANNEL_MTU={told}, the mesh has {mesh}"))
+            .why("pods that start now send packets of a size that does not fit; another program wrote the file")
+            .run(format!("cat {file}; systemctl restart ringmail")),
         );
     }
     let own = facts.own();
@@ -76,10 +89,18 @@ pub(super) fn subnet_env(facts: &Facts) -> Vec<Finding> {
         && !own.iter().any(|own| overlap(own, &told))
     {
         findings.push(
-            Finding::new(Broken, "subnet-env-subnet", &file, format!("{file} names another subnet than the lease"))
-                .seen(format!("FLANNEL_SUBNET={told}, the lease is of {}", report.subnets.join(" and ")))
-                .why("pods that start now get addresses that no other node sends to this one")
-                .run(format!("cat {file}; systemctl restart ringmail")),
+            Finding::new(
+                Broken,
+                "subnet-env-subnet",
+                &file,
+                format!("{file} names another subnet than the lease"),
+            )
+            .seen(format!(
+                "FLANNEL_SUBNET={told}, the lease is of {}",
+                report.subnets.join(" and ")
+            ))
+            .why("pods that start now get addresses that no other node sends to this one")
+            .run(format!("cat {file}; systemctl restart ringmail")),
         );
     }
     findings
@@ -95,14 +116,21 @@ pub(super) fn path(facts: &Facts) -> Vec<Finding> {
         let (name, address) = (&peer.node, &peer.address);
         let size = |mtu: Option<u32>| mtu.map_or_else(|| "?".to_owned(), |mtu| mtu.to_string());
         let payload = uplink.map_or(1472, |mtu| mtu.saturating_sub(28));
-        Finding::new(Broken, "path-mtu", name, format!("full packets do not reach peer {name}"))
-            .seen(format!(
-                "small probes come back and those of {} bytes do not; the uplink's MTU is {}",
-                size(mesh),
-                size(uplink)
-            ))
-            .why("the path or the peer's uplink has a smaller MTU: connections hang once they send much")
-            .run(format!("ping -M do -s {payload} {address}; set \"MTU\" of Backend in net-conf.json on all nodes"))
+        Finding::new(
+            Broken,
+            "path-mtu",
+            name,
+            format!("full packets do not reach peer {name}"),
+        )
+        .seen(format!(
+            "small probes come back and those of {} bytes do not; the uplink's MTU is {}",
+            size(mesh),
+            size(uplink)
+        ))
+        .why("the path or the peer's uplink has a smaller MTU: connections hang once they send much")
+        .run(format!(
+            "ping -M do -s {payload} {address}; set \"MTU\" of Backend in net-conf.json on all nodes"
+        ))
     };
     at_most(short.map(finding).collect())
 }

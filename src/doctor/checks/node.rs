@@ -17,9 +17,14 @@ pub(super) fn daemon(facts: &Facts) -> Vec<Finding> {
             )
             .run("systemctl start ringmail; journalctl -u ringmail -n 50")
     } else {
-        Finding::new(Broken, "daemon-silent", "node", "the daemon does not answer as it should")
-            .why("its loop stands still, or it is of another version")
-            .run("journalctl -u ringmail -n 50; systemctl restart ringmail")
+        Finding::new(
+            Broken,
+            "daemon-silent",
+            "node",
+            "the daemon does not answer as it should",
+        )
+        .why("its loop stands still, or it is of another version")
+        .run("journalctl -u ringmail -n 50; systemctl restart ringmail")
     };
     vec![finding.seen(&unanswered.why)]
 }
@@ -28,10 +33,19 @@ pub(super) fn daemon(facts: &Facts) -> Vec<Finding> {
 pub(super) fn kernel(facts: &Facts) -> Vec<Finding> {
     let lacks = facts.kernel_lacks.iter();
     let finding = |why: &String| {
-        Finding::new(Broken, "kernel-lacks", "node", "this kernel takes no ESP with the configured cipher")
-            .seen(why)
-            .why("a module or a cipher is missing, so the daemon can't start")
-            .run(after_backtick(why).unwrap_or("modprobe -a esp4 esp6 xfrm_user gcm seqiv").to_owned())
+        Finding::new(
+            Broken,
+            "kernel-lacks",
+            "node",
+            "this kernel takes no ESP with the configured cipher",
+        )
+        .seen(why)
+        .why("a module or a cipher is missing, so the daemon can't start")
+        .run(
+            after_backtick(why)
+                .unwrap_or("modprobe -a esp4 esp6 xfrm_user gcm seqiv")
+                .to_owned(),
+        )
     };
     lacks.map(finding).collect()
 }
@@ -184,13 +198,18 @@ pub(super) fn drift(facts: &Facts) -> Vec<Finding> {
             .iter()
             .filter_map(|(side, value)| Some(format!("{side}: {}", value.as_ref()?)))
             .collect();
-        Finding::new(severity, "drift", &difference.object, format!("{} {what}", difference.object))
-            .seen(sides.join("; "))
-            .why(
-                "the daemon mends what differs within a second: what still differs is kept so by another program, or the \
+        Finding::new(
+            severity,
+            "drift",
+            &difference.object,
+            format!("{} {what}", difference.object),
+        )
+        .seen(sides.join("; "))
+        .why(
+            "the daemon mends what differs within a second: what still differs is kept so by another program, or the \
                  kernel refuses it",
-            )
-            .run(&difference.show)
+        )
+        .run(&difference.show)
     };
     at_most(differences.map(finding).collect())
 }
@@ -227,13 +246,18 @@ pub(super) fn plaintext(facts: &Facts) -> Vec<Finding> {
         };
         let uplink = facts.uplink().unwrap_or("the uplink");
         findings.push(
-            Finding::new(Broken, "plaintext-seen", uplink, "packets of the mesh came to the uplink without ESP")
-                .seen(format!(
-                    "the guard dropped {rise} in {:.0} s (counter {way}, {} in all)",
-                    facts.watched, after.packets
-                ))
-                .why(why)
-                .run(command.replace("UPLINK", uplink)),
+            Finding::new(
+                Broken,
+                "plaintext-seen",
+                uplink,
+                "packets of the mesh came to the uplink without ESP",
+            )
+            .seen(format!(
+                "the guard dropped {rise} in {:.0} s (counter {way}, {} in all)",
+                facts.watched, after.packets
+            ))
+            .why(why)
+            .run(command.replace("UPLINK", uplink)),
         );
     }
     at_most(findings)
@@ -251,10 +275,24 @@ pub(super) fn ports(facts: &Facts) -> Vec<Finding> {
     });
     let finding = |socket: &super::super::facts::Socket| {
         let program = socket.program.as_deref().unwrap_or("an unknown program");
-        Finding::new(Broken, "port-taken", format!("UDP {}", socket.port), format!("UDP port {} is another program's", socket.port))
-            .seen(format!("{program} (pid {}) listens there", socket.pid.unwrap_or_default()))
-            .why(format!("what other nodes send to it under {} does not reach ringmail", report.backend))
-            .run(format!("ss -lunp 'sport = :{}'; stop {program}, or choose another port in net-conf.json", socket.port))
+        Finding::new(
+            Broken,
+            "port-taken",
+            format!("UDP {}", socket.port),
+            format!("UDP port {} is another program's", socket.port),
+        )
+        .seen(format!(
+            "{program} (pid {}) listens there",
+            socket.pid.unwrap_or_default()
+        ))
+        .why(format!(
+            "what other nodes send to it under {} does not reach ringmail",
+            report.backend
+        ))
+        .run(format!(
+            "ss -lunp 'sport = :{}'; stop {program}, or choose another port in net-conf.json",
+            socket.port
+        ))
     };
     theirs.map(finding).collect()
 }
@@ -282,12 +320,26 @@ pub(in crate::doctor) fn wanted_ports(facts: &Facts) -> Vec<u16> {
 
 /// Whether the daemon's process runs out of descriptors.
 pub(super) fn resources(facts: &Facts) -> Vec<Finding> {
-    let tight = facts.process.iter().filter(|process| process.open * 5 >= process.limit * 4);
+    let tight = facts
+        .process
+        .iter()
+        .filter(|process| process.open * 5 >= process.limit * 4);
     let finding = |process: &super::super::facts::Process| {
-        Finding::new(Degraded, "descriptors", "node", "the daemon is running out of file descriptors")
-            .seen(format!("{} of {} are open (pid {})", process.open, process.limit, process.pid))
-            .why("without one the store, the socket and the PSK can't be opened")
-            .run(format!("ls -l /proc/{}/fd; raise LimitNOFILE of the service", process.pid))
+        Finding::new(
+            Degraded,
+            "descriptors",
+            "node",
+            "the daemon is running out of file descriptors",
+        )
+        .seen(format!(
+            "{} of {} are open (pid {})",
+            process.open, process.limit, process.pid
+        ))
+        .why("without one the store, the socket and the PSK can't be opened")
+        .run(format!(
+            "ls -l /proc/{}/fd; raise LimitNOFILE of the service",
+            process.pid
+        ))
     };
     tight.map(finding).collect()
 }

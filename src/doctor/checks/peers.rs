@@ -29,10 +29,15 @@ fn of_state(facts: &Facts, peer: &PeerReport) -> Option<Finding> {
         ),
         State::Waiting => Some(waiting(facts, peer, reason)),
         State::Kept => Some(
-            Finding::new(Degraded, "peer-kept", name, format!("peer {name} has not answered since this daemon began"))
-                .seen(reason)
-                .why("data goes on the keys of the process before, until a probe comes back")
-                .run("ringmail status"),
+            Finding::new(
+                Degraded,
+                "peer-kept",
+                name,
+                format!("peer {name} has not answered since this daemon began"),
+            )
+            .seen(reason)
+            .why("data goes on the keys of the process before, until a probe comes back")
+            .run("ringmail status"),
         ),
         State::Up | State::Moving | State::Plain => doubtful(peer),
     }
@@ -80,17 +85,27 @@ fn doubtful(peer: &PeerReport) -> Option<Finding> {
     let name = &peer.node;
     if let Some(reason) = &peer.reason {
         return Some(
-            Finding::new(Degraded, "peer-doubtful", name, format!("peer {name} is served, with a doubt"))
-                .seen(reason)
-                .why("what is in use serves on until this is right")
-                .run("ringmail status; ringmail leases"),
+            Finding::new(
+                Degraded,
+                "peer-doubtful",
+                name,
+                format!("peer {name} is served, with a doubt"),
+            )
+            .seen(reason)
+            .why("what is in use serves on until this is right")
+            .run("ringmail status; ringmail leases"),
         );
     }
     peer.detour.as_ref().map(|why| {
-        Finding::new(Notice, "esp-detour", name, format!("plain ESP does not reach peer {name}: its data goes in UDP"))
-            .seen(why)
-            .why("something on the path drops IP protocol 50; UDP costs 8 bytes a packet")
-            .run("let IP protocol 50 pass between the nodes, or set \"UDPEncap\": true")
+        Finding::new(
+            Notice,
+            "esp-detour",
+            name,
+            format!("plain ESP does not reach peer {name}: its data goes in UDP"),
+        )
+        .seen(why)
+        .why("something on the path drops IP protocol 50; UDP costs 8 bytes a packet")
+        .run("let IP protocol 50 pass between the nodes, or set \"UDPEncap\": true")
     })
 }
 
@@ -104,7 +119,10 @@ pub(super) fn loss(facts: &Facts) -> Vec<Finding> {
             Finding::new(severity, "loss", name, format!("packets to peer {name} are lost"))
                 .seen(format!("{:.0} % of the last probes got no answer", loss * 100.0))
                 .why("the network between the two drops packets, or one end has no time for them")
-                .run(format!("ping -i 0.2 -c 50 {address}; ip -s link show dev {}", facts.uplink().unwrap_or("UPLINK"))),
+                .run(format!(
+                    "ping -i 0.2 -c 50 {address}; ip -s link show dev {}",
+                    facts.uplink().unwrap_or("UPLINK")
+                )),
         )
     });
     at_most(lossy.collect())
@@ -142,10 +160,18 @@ pub(super) fn errors(facts: &Facts) -> Vec<Finding> {
         let rise = after.errors.saturating_sub(before.errors);
         let name = &after.node;
         (rise > 0).then(|| {
-            Finding::new(Degraded, "peer-errors", name, format!("the kernel refuses packets that come on peer {name}'s SAs"))
-                .seen(format!("{rise} in {:.0} s: integrity check failed, replayed, or too old", facts.watched))
-                .why("they were changed, doubled or much delayed on the way, or somebody plays them back")
-                .run("ip -s xfrm state list nokeys; ringmail rotate")
+            Finding::new(
+                Degraded,
+                "peer-errors",
+                name,
+                format!("the kernel refuses packets that come on peer {name}'s SAs"),
+            )
+            .seen(format!(
+                "{rise} in {:.0} s: integrity check failed, replayed, or too old",
+                facts.watched
+            ))
+            .why("they were changed, doubled or much delayed on the way, or somebody plays them back")
+            .run("ip -s xfrm state list nokeys; ringmail rotate")
         })
     });
     at_most(rising.collect())

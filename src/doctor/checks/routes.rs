@@ -37,7 +37,10 @@ pub(super) fn shadows(facts: &Facts) -> Vec<Finding> {
                 route.net.to_string(),
                 format!("another program's route takes packets for peer {node}"),
             )
-            .seen(format!("{route} (proto {}), where {subnet} is {node}'s", route.protocol))
+            .seen(format!(
+                "{route} (proto {}), where {subnet} is {node}'s",
+                route.protocol
+            ))
             .why("the longest prefix wins, then the lowest metric: these packets do not go the mesh's way"),
             None => Finding::new(
                 Degraded,
@@ -81,10 +84,13 @@ pub(super) fn rules(facts: &Facts) -> Vec<Finding> {
         let to = |net: &ipnet::IpNet| net.addr().is_ipv6() == v6 && rule.to.is_none_or(|to| overlap(&to, net));
         let ends = match rule.action.as_str() {
             "lookup" => {
-                let leads = |route: &&Route| {
-                    route.table == rule.table && !route.is_ours() && route.net.addr().is_ipv6() == v6
+                let leads =
+                    |route: &&Route| route.table == rule.table && !route.is_ours() && route.net.addr().is_ipv6() == v6;
+                let hits = |route: &&Route| {
+                    peers
+                        .iter()
+                        .any(|(subnet, _)| to(subnet) && overlap(&route.net, subnet))
                 };
-                let hits = |route: &&Route| peers.iter().any(|(subnet, _)| to(subnet) && overlap(&route.net, subnet));
                 let route = facts.routes.iter().filter(leads).find(hits)?;
                 format!("there {route}")
             }
@@ -97,10 +103,15 @@ pub(super) fn rules(facts: &Facts) -> Vec<Finding> {
         };
         let ip = if v6 { "ip -6" } else { "ip" };
         Some(
-            Finding::new(Broken, "rule-shadow", format!("rule {}", rule.priority), "a rule takes packets of the mesh past its routes")
-                .seen(format!("{rule}; {ends}"))
-                .why("rules are asked in order, and this one comes before the table that the mesh's routes are in")
-                .run(format!("{ip} rule delete priority {}", rule.priority)),
+            Finding::new(
+                Broken,
+                "rule-shadow",
+                format!("rule {}", rule.priority),
+                "a rule takes packets of the mesh past its routes",
+            )
+            .seen(format!("{rule}; {ends}"))
+            .why("rules are asked in order, and this one comes before the table that the mesh's routes are in")
+            .run(format!("{ip} rule delete priority {}", rule.priority)),
         )
     };
     at_most(facts.rules.iter().filter_map(finding).collect())
@@ -123,12 +134,17 @@ pub(super) fn policies(facts: &Facts) -> Vec<Finding> {
         let (subnet, node) = touched(&peers, &theirs)?;
         let mine = ours.prefix_len() == 0 || own.iter().any(|own| overlap(own, &ours));
         mine.then(|| {
-            let Policy { direction, from, to, .. } = policy;
+            let Policy {
+                direction, from, to, ..
+            } = policy;
             Finding::new(
                 Broken,
                 "policy-shadow",
                 format!("{direction} {from} > {to}"),
-                format!("another program's IPsec policy takes packets {} peer {node}", if direction == "out" { "to" } else { "from" }),
+                format!(
+                    "another program's IPsec policy takes packets {} peer {node}",
+                    if direction == "out" { "to" } else { "from" }
+                ),
             )
             .seen(format!(
                 "dir {direction} src {from} dst {to} priority {}: {}; ringmail's for {subnet} has {}",
@@ -150,9 +166,10 @@ pub(super) fn settings(facts: &Facts) -> Vec<Finding> {
         return findings;
     };
     let own = facts.own();
-    let leads = facts.routes.iter().filter(|route| {
-        route.kind == "unicast" && !route.is_ours() && own.iter().any(|own| own.contains(&route.net))
-    });
+    let leads = facts
+        .routes
+        .iter()
+        .filter(|route| route.kind == "unicast" && !route.is_ours() && own.iter().any(|own| own.contains(&route.net)));
     let mut devices: Vec<&str> = leads.filter_map(|route| route.link.as_deref()).collect();
     devices.push(uplink);
     devices.sort_unstable();
@@ -161,10 +178,15 @@ pub(super) fn settings(facts: &Facts) -> Vec<Finding> {
         let path = format!("net/ipv4/conf/{device}/forwarding");
         if facts.number(&format!("sys/{path}")) == Some(0) && own.iter().any(|own| own.addr().is_ipv4()) {
             findings.push(
-                Finding::new(Broken, "forwarding", device, format!("{device} does not forward packets"))
-                    .seen(format!("/proc/sys/{path} is 0"))
-                    .why("packets between pods and the mesh are dropped where they come in")
-                    .run(format!("sysctl -w {path}=1")),
+                Finding::new(
+                    Broken,
+                    "forwarding",
+                    device,
+                    format!("{device} does not forward packets"),
+                )
+                .seen(format!("/proc/sys/{path} is 0"))
+                .why("packets between pods and the mesh are dropped where they come in")
+                .run(format!("sysctl -w {path}=1")),
             );
         }
     }
@@ -174,7 +196,11 @@ pub(super) fn settings(facts: &Facts) -> Vec<Finding> {
 
 /// A strict reverse path filter where packets come by another device than answers leave by.
 fn reverse_path(facts: &Facts, uplink: &str) -> Option<Finding> {
-    let setting = |device: &str| facts.number(&format!("sys/net/ipv4/conf/{device}/rp_filter")).unwrap_or(0);
+    let setting = |device: &str| {
+        facts
+            .number(&format!("sys/net/ipv4/conf/{device}/rp_filter"))
+            .unwrap_or(0)
+    };
     let strict = setting("all").max(setting(uplink)) == 1;
     if !strict {
         return None;
@@ -188,14 +214,24 @@ fn reverse_path(facts: &Facts, uplink: &str) -> Option<Finding> {
         ),
         (None, Some(risen)) => (
             Notice,
-            format!("rp_filter of {uplink} is 1, and {risen} packets were dropped by such filters in {:.0} s", facts.watched),
+            format!(
+                "rp_filter of {uplink} is 1, and {risen} packets were dropped by such filters in {:.0} s",
+                facts.watched
+            ),
         ),
         (None, None) => return None,
     };
     Some(
-        Finding::new(severity, "rp-filter", uplink, format!("the reverse path filter of {uplink} is strict"))
-            .seen(seen)
-            .why("what comes in by another device than its answer would leave by is dropped, ESP too")
-            .run(format!("sysctl -w net/ipv4/conf/all/rp_filter=2 net/ipv4/conf/{uplink}/rp_filter=2")),
+        Finding::new(
+            severity,
+            "rp-filter",
+            uplink,
+            format!("the reverse path filter of {uplink} is strict"),
+        )
+        .seen(seen)
+        .why("what comes in by another device than its answer would leave by is dropped, ESP too")
+        .run(format!(
+            "sysctl -w net/ipv4/conf/all/rp_filter=2 net/ipv4/conf/{uplink}/rp_filter=2"
+        )),
     )
 }

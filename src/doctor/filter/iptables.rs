@@ -125,8 +125,26 @@ fn rule(line: &str, table: &str, program: &str) -> Option<(String, Rule)> {
 fn is_target(name: &str) -> bool {
     matches!(
         name,
-        "LOG" | "NFLOG" | "ULOG" | "MARK" | "CONNMARK" | "CT" | "NOTRACK" | "TRACE" | "TCPMSS" | "CLASSIFY" | "DSCP" | "TOS"
-            | "SET" | "AUDIT" | "CHECKSUM" | "SECMARK" | "CONNSECMARK" | "TTL" | "HL" | "TEE"
+        "LOG"
+            | "NFLOG"
+            | "ULOG"
+            | "MARK"
+            | "CONNMARK"
+            | "CT"
+            | "NOTRACK"
+            | "TRACE"
+            | "TCPMSS"
+            | "CLASSIFY"
+            | "DSCP"
+            | "TOS"
+            | "SET"
+            | "AUDIT"
+            | "CHECKSUM"
+            | "SECMARK"
+            | "CONNSECMARK"
+            | "TTL"
+            | "HL"
+            | "TEE"
     )
 }
 

@@ -23,7 +23,11 @@ const PAYLOAD: &[u8] = b"ringmail doctor";
 pub(super) fn ask(addresses: &[IpAddr]) -> io::Result<BTreeMap<IpAddr, bool>> {
     let mut answers: BTreeMap<IpAddr, bool> = addresses.iter().map(|address| (*address, false)).collect();
     for v6 in [false, true] {
-        let asked: Vec<IpAddr> = answers.keys().copied().filter(|address| address.is_ipv6() == v6).collect();
+        let asked: Vec<IpAddr> = answers
+            .keys()
+            .copied()
+            .filter(|address| address.is_ipv6() == v6)
+            .collect();
         if asked.is_empty() {
             continue;
         }
@@ -66,7 +70,10 @@ fn request(v6: bool) -> Vec<u8> {
 fn collect(socket: &OwnedFd, v6: bool, answers: &mut BTreeMap<IpAddr, bool>) -> io::Result<()> {
     let deadline = Instant::now() + WAIT;
     let mut buffer = [0; 1500];
-    while answers.iter().any(|(address, answered)| address.is_ipv6() == v6 && !answered) {
+    while answers
+        .iter()
+        .any(|(address, answered)| address.is_ipv6() == v6 && !answered)
+    {
         let left = deadline.saturating_duration_since(Instant::now());
         let Some(left) = PollTimeout::try_from(left).ok().filter(|_| !left.is_zero()) else {
             break;
@@ -100,7 +107,9 @@ fn collect(socket: &OwnedFd, v6: bool, answers: &mut BTreeMap<IpAddr, bool>) -> 
 fn is_answer(bytes: &[u8], v6: bool) -> bool {
     let message = match v6 {
         true => Some(bytes),
-        false => bytes.first().and_then(|first| bytes.get(usize::from(first & 0xf) * 4..)),
+        false => bytes
+            .first()
+            .and_then(|first| bytes.get(usize::from(first & 0xf) * 4..)),
     };
     let kind = if v6 { 129 } else { 0 };
     message.is_some_and(|message| {

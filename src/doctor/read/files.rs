@@ -67,7 +67,7 @@ fn room<N>(range: &Range<N>) -> u64 {
 }
 
 /// The same JSON with every value of a key `PSK` taken out; what is no JSON is taken out whole.
-pub(in crate::doctor) fn without_secrets(text: &str) -> String {
+fn without_secrets(text: &str) -> String {
     fn clear(value: &mut serde_json::Value) {
         match value {
             serde_json::Value::Object(members) => {
@@ -103,8 +103,13 @@ fn cni(folder: &Path) -> Vec<CniFile> {
     };
     let file = |path: PathBuf| {
         let value: serde_json::Value = serde_json::from_str(&fs::read_to_string(&path).ok()?).unwrap_or_default();
-        let plugins = value["plugins"].as_array().cloned().unwrap_or_else(|| vec![value.clone()]);
-        let plugins = plugins.iter().filter_map(|plugin| plugin["type"].as_str().map(str::to_owned));
+        let plugins = value["plugins"]
+            .as_array()
+            .cloned()
+            .unwrap_or_else(|| vec![value.clone()]);
+        let plugins = plugins
+            .iter()
+            .filter_map(|plugin| plugin["type"].as_str().map(str::to_owned));
         Some(CniFile {
             name: path.file_name()?.to_string_lossy().into_owned(),
             plugins: plugins.collect(),
@@ -136,10 +141,22 @@ pub(super) fn sockets(facts: &mut Facts) {
     let mut found: Vec<(u16, u64)> = Vec::new();
     for table in ["net/udp", "net/udp6"] {
         let text = fs::read_to_string(Path::new("/proc").join(table)).unwrap_or_default();
-        found.extend(text.lines().filter_map(socket).filter(|(port, _)| wanted.contains(port)));
+        found.extend(
+            text.lines()
+                .filter_map(socket)
+                .filter(|(port, _)| wanted.contains(port)),
+        );
     }
-    let inodes: BTreeSet<u64> = found.iter().map(|(_, inode)| *inode).filter(|inode| *inode > 0).collect();
-    let owners = if inodes.is_empty() { BTreeMap::new() } else { owners(&inodes) };
+    let inodes: BTreeSet<u64> = found
+        .iter()
+        .map(|(_, inode)| *inode)
+        .filter(|inode| *inode > 0)
+        .collect();
+    let owners = if inodes.is_empty() {
+        BTreeMap::new()
+    } else {
+        owners(&inodes)
+    };
     for (port, inode) in found {
         let owner = owners.get(&inode);
         facts.sockets.push(Socket {
@@ -167,7 +184,9 @@ fn owners(inodes: &BTreeSet<u64>) -> BTreeMap<u64, (u32, String)> {
             continue;
         };
         for open in fs::read_dir(process.path().join("fd")).into_iter().flatten().flatten() {
-            let Ok(target) = fs::read_link(open.path()) else { continue };
+            let Ok(target) = fs::read_link(open.path()) else {
+                continue;
+            };
             let target = target.to_string_lossy();
             let inode = target.strip_prefix("socket:[").and_then(|rest| rest.strip_suffix(']'));
             let Some(inode) = inode.and_then(|inode| inode.parse().ok()) else {

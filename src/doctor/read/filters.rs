@@ -26,13 +26,16 @@ pub(super) fn read(facts: &mut Facts) {
         ("ip6tables", FilterKind::Iptables6, "net/ip6_tables_names"),
     ] {
         // Where no table is there, asking would load one, and it would stand in the way of every packet.
-        let legacy = std::fs::read_to_string(Path::new("/proc").join(tables)).is_ok_and(|names| !names.trim().is_empty());
+        let legacy =
+            std::fs::read_to_string(Path::new("/proc").join(tables)).is_ok_and(|names| !names.trim().is_empty());
         let name = format!("{family}-legacy");
         match installed(&path, &format!("{name}-save")) {
             Some(program) if legacy => seen |= show(&program, &["-c"], by, &name, facts),
             None if legacy => match installed(&path, &format!("{family}-save")) {
                 Some(program) => seen |= show(&program, &["-c"], by, family, facts),
-                None => facts.unread.push(format!("the rules of {family}: there is no {family}-save here")),
+                None => facts
+                    .unread
+                    .push(format!("the rules of {family}: there is no {family}-save here")),
             },
             _ => {}
         }
@@ -49,7 +52,9 @@ pub(super) fn read(facts: &mut Facts) {
 }
 
 fn installed(path: &OsString, name: &str) -> Option<PathBuf> {
-    std::env::split_paths(path).map(|folder| folder.join(name)).find(|file| file.is_file())
+    std::env::split_paths(path)
+        .map(|folder| folder.join(name))
+        .find(|file| file.is_file())
 }
 
 /// Keeps what a program shows; true where it showed anything.
@@ -95,6 +100,12 @@ fn run(program: &Path, arguments: &[&str]) -> Result<String, String> {
         Ok(String::from_utf8_lossy(&output.stdout).into_owned())
     } else {
         let said = String::from_utf8_lossy(&output.stderr);
-        Err(said.split_whitespace().collect::<Vec<_>>().join(" ").chars().take(200).collect())
+        Err(said
+            .split_whitespace()
+            .collect::<Vec<_>>()
+            .join(" ")
+            .chars()
+            .take(200)
+            .collect())
     }
 }

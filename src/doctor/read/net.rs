@@ -35,7 +35,10 @@ async fn dump(handle: &Handle, facts: &mut Facts) -> Result<(), rtnetlink::Error
     }
     drop(links);
     let names: BTreeMap<u32, String> = facts.links.iter().map(|link| (link.index, link.name.clone())).collect();
-    for (family, version) in [(AddressFamily::Inet, IpVersion::V4), (AddressFamily::Inet6, IpVersion::V6)] {
+    for (family, version) in [
+        (AddressFamily::Inet, IpVersion::V4),
+        (AddressFamily::Inet6, IpVersion::V6),
+    ] {
         let mut all = RouteMessage::default();
         all.header.address_family = family;
         let mut routes = Box::pin(handle.route().get(all).execute());
