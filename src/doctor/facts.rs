@@ -288,6 +288,18 @@ impl Facts {
         self.report.as_ref()?.uplink.as_deref()
     }
 
+    /// The devices that lead into the own subnets: the pods' bridge, or each pod's own device.
+    pub fn pod_devices(&self) -> Vec<&str> {
+        let own = self.own();
+        let leads = self.routes.iter().filter(|route| {
+            route.kind == "unicast" && !route.is_ours() && own.iter().any(|own| own.contains(&route.net))
+        });
+        let mut devices: Vec<&str> = leads.filter_map(|route| route.link.as_deref()).collect();
+        devices.sort_unstable();
+        devices.dedup();
+        devices
+    }
+
     /// A device by its name.
     pub fn link(&self, name: &str) -> Option<&Link> {
         self.links.iter().find(|link| link.name == name)

@@ -98,9 +98,9 @@ pub(super) struct Packet<'a> {
     /// 50 for ESP, 17 for UDP; 0 for whatever pods send.
     pub(super) protocol: u8,
     pub(super) dport: Option<u16>,
-    /// The device that it came in by, where that is known.
-    pub(super) iif: Option<&'a str>,
-    pub(super) oif: Option<&'a str>,
+    /// The devices that it may have come in by; none where that is not known, or it came in by none.
+    pub(super) iif: &'a [&'a str],
+    pub(super) oif: &'a [&'a str],
 }
 
 /// Who drops a packet.
@@ -208,12 +208,20 @@ impl Rule {
 
 impl Ask {
     fn fits(&self, packet: &Packet<'_>) -> Option<bool> {
-        let device = |names: &[String], device: Option<&str>| {
-            let device = device?;
-            Some(names.iter().any(|name| match name.strip_suffix(['+', '*']) {
-                Some(start) => device.starts_with(start),
-                None => name == device,
-            }))
+        let device = |names: &[String], devices: &[&str]| {
+            let named = |device: &str| {
+                names.iter().any(|name| match name.strip_suffix(['+', '*']) {
+                    Some(start) => device.starts_with(start),
+                    None => name == device,
+                })
+            };
+            let fitting = devices.iter().filter(|device| named(device)).count();
+            match fitting {
+                0 if devices.is_empty() => None,
+                0 => Some(false),
+                all if all == devices.len() => Some(true),
+                _ => None,
+            }
         };
         let (found, not) = match self {
             Self::Protocol(_, _) if packet.protocol == 0 => (None, false),

@@ -615,6 +615,13 @@ fn a_filter_is_followed_as_the_kernel_follows_it() {
     ] {
         assert_eq!(!finds(iptables(rules)).is_empty(), dropped, "{rules:?}");
     }
+    // As Docker leaves it: nothing of the mesh goes by its bridge.
+    let mut docker = iptables(&["[0:0] -A FORWARD -o docker0 -m conntrack --ctstate ESTABLISHED -j ACCEPT"]);
+    docker.text = docker.text.replace(":FORWARD ACCEPT", ":FORWARD DROP");
+    assert_eq!(
+        finds(docker)[0].command,
+        "iptables-legacy -t filter -I FORWARD -s 10.244.1.10 -j ACCEPT"
+    );
     let mut closed = iptables(&[]);
     closed.text = closed.text.replace(":INPUT ACCEPT", ":INPUT DROP");
     assert_eq!(

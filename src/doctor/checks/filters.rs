@@ -7,6 +7,7 @@ use super::super::Severity::Broken;
 use super::super::facts::parsed;
 use super::super::filter::{Filter, Hook, Packet};
 use super::{Facts, Finding, at_most};
+use crate::kernel::netlink::LINK;
 use crate::node::report::{PeerReport, State};
 
 /// So many peers are tried; rules that name one of thousands are rare.
@@ -19,7 +20,10 @@ pub(super) fn drops(facts: &Facts) -> Vec<Finding> {
     };
     let filters: Vec<Filter> = facts.filters.iter().map(Filter::parse).collect();
     let public: Vec<IpAddr> = report.public.iter().filter_map(|text| text.parse().ok()).collect();
-    let uplink = facts.uplink();
+    let uplink: Vec<&str> = facts.uplink().into_iter().collect();
+    let pods_here = facts.pod_devices();
+    // A packet to a peer's pod is routed to the mesh's device, and leaves by the uplink.
+    let out: Vec<&str> = uplink.iter().copied().chain([LINK]).collect();
     let mut findings = Vec::new();
     let mut named = BTreeSet::new();
     let mut look = |what: &str, packet: &Packet<'_>, hooks: &[Hook], node: &str| {
@@ -60,14 +64,14 @@ pub(super) fn drops(facts: &Facts) -> Vec<Finding> {
                 iif,
                 oif,
             };
-            let arriving = packet(there, here, uplink, None);
+            let arriving = packet(there, here, &uplink, &[]);
             look(
                 &format!("{what} that arrives"),
                 &arriving,
                 &[Hook::Prerouting, Hook::Input],
                 &peer.node,
             );
-            let leaving = packet(here, there, None, uplink);
+            let leaving = packet(here, there, &[], &uplink);
             look(
                 &format!("{what} that leaves"),
                 &leaving,
@@ -75,17 +79,19 @@ pub(super) fn drops(facts: &Facts) -> Vec<Finding> {
                 &peer.node,
             );
         }
-        for (mine, theirs) in pods(facts, peer) {
-            let packet = |src, dst| Packet {
+        for (mine, theirs) in addresses_of_pods(facts, peer) {
+            let packet = |src, dst, iif, oif| Packet {
                 src,
                 dst,
                 protocol: 0,
                 dport: None,
-                iif: None,
-                oif: None,
+                iif,
+                oif,
             };
-            look("what pods send", &packet(mine, theirs), &[Hook::Forward], &peer.node);
-            look("what pods receive", &packet(theirs, mine), &[Hook::Forward], &peer.node);
+            let sent = packet(mine, theirs, &pods_here, &out);
+            let received = packet(theirs, mine, &uplink, &pods_here);
+            look("what pods send", &sent, &[Hook::Forward], &peer.node);
+            look("what pods receive", &received, &[Hook::Forward], &peer.node);
         }
     }
     at_most(findings)
@@ -108,7 +114,7 @@ fn carried(facts: &Facts, peer: &PeerReport) -> Vec<(String, u8, Option<u16>)> {
 }
 
 /// An address of a pod here and one of a pod there, in each family that both have.
-fn pods(facts: &Facts, peer: &PeerReport) -> Vec<(IpAddr, IpAddr)> {
+fn addresses_of_pods(facts: &Facts, peer: &PeerReport) -> Vec<(IpAddr, IpAddr)> {
     let tenth = |net: &ipnet::IpNet| net.hosts().nth(9).unwrap_or_else(|| net.addr());
     let theirs = parsed(&peer.subnets);
     let pair = |own: &ipnet::IpNet| {

@@ -10,14 +10,8 @@ pub(super) fn pods(facts: &Facts) -> Vec<Finding> {
     let Some(mesh) = facts.report.as_ref().and_then(|report| report.mtu) else {
         return Vec::new();
     };
-    let own = facts.own();
-    // What leads into an own subnet is the pods' bridge, or a pod's own device.
-    let leads = facts
-        .routes
-        .iter()
-        .filter(|route| route.kind == "unicast" && !route.is_ours() && own.iter().any(|own| own.contains(&route.net)));
+    let leads = facts.pod_devices().into_iter().filter_map(|name| facts.link(name));
     let mut leads: Vec<&Link> = leads
-        .filter_map(|route| facts.link(route.link.as_deref()?))
         .filter(|link| link.name != LINK && Some(link.name.as_str()) != facts.uplink())
         .collect();
     let ports: Vec<&Link> = facts

@@ -4,7 +4,7 @@ use super::super::Severity::{Broken, Degraded, Notice};
 use super::{Facts, Finding, at_most};
 use crate::node::report::{PeerReport, State};
 
-/// Lost probes up to this share are not worth a finding.
+/// One lost probe of the last 20 is not worth a finding.
 const LOSS: f64 = 0.05;
 /// A round trip this many times the median of all is an outlier, if it is this much longer too, milliseconds.
 const OUTLIER: f64 = 5.0;
@@ -83,7 +83,8 @@ fn waiting(facts: &Facts, peer: &PeerReport, reason: &str) -> Finding {
 /// A peer that data goes to, with something to say.
 fn doubtful(peer: &PeerReport) -> Option<Finding> {
     let name = &peer.node;
-    if let Some(reason) = &peer.reason {
+    // What its size is the reason of has a finding of its own.
+    if let Some(reason) = peer.reason.as_ref().filter(|_| peer.full_size != Some(false)) {
         return Some(
             Finding::new(
                 Degraded,
@@ -112,7 +113,7 @@ fn doubtful(peer: &PeerReport) -> Option<Finding> {
 /// Peers whose probes are lost, and those that full packets do not reach.
 pub(super) fn loss(facts: &Facts) -> Vec<Finding> {
     let lossy = facts.peers().iter().filter_map(|peer| {
-        let loss = peer.loss.filter(|loss| *loss >= LOSS)?;
+        let loss = peer.loss.filter(|loss| *loss > LOSS)?;
         let severity = if loss >= 0.5 { Broken } else { Degraded };
         let (name, address) = (&peer.node, &peer.address);
         Some(

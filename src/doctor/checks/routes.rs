@@ -166,11 +166,7 @@ pub(super) fn settings(facts: &Facts) -> Vec<Finding> {
         return findings;
     };
     let own = facts.own();
-    let leads = facts
-        .routes
-        .iter()
-        .filter(|route| route.kind == "unicast" && !route.is_ours() && own.iter().any(|own| own.contains(&route.net)));
-    let mut devices: Vec<&str> = leads.filter_map(|route| route.link.as_deref()).collect();
+    let mut devices = facts.pod_devices();
     devices.push(uplink);
     devices.sort_unstable();
     devices.dedup();

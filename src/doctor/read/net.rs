@@ -9,7 +9,7 @@ use ipnet::IpNet;
 use netlink_packet_route::AddressFamily;
 use netlink_packet_route::link::{LinkAttribute, LinkFlags, LinkInfo, LinkMessage};
 use netlink_packet_route::route::{RouteAddress, RouteAttribute, RouteMessage, RouteType};
-use netlink_packet_route::rule::{RuleAction, RuleAttribute, RuleMessage};
+use netlink_packet_route::rule::{RuleAction, RuleAttribute, RuleFlags, RuleMessage};
 use rtnetlink::{Handle, IpVersion, new_connection};
 
 use super::PEERS;
@@ -179,7 +179,8 @@ fn rule(message: &RuleMessage) -> Rule {
         priority: 0,
         from: None,
         to: None,
-        narrow: header.tos != 0,
+        // Turned round, it takes all but what it names.
+        narrow: header.tos != 0 || header.flags.contains(RuleFlags::Invert),
         action: action.into(),
         table: header.table.into(),
     };
