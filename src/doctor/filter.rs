@@ -95,6 +95,8 @@ pub(super) enum Verdict {
 pub(super) struct Packet<'a> {
     pub(super) src: IpAddr,
     pub(super) dst: IpAddr,
+    /// The range that such sources are of, where a rule that accepts them should be for all.
+    pub(super) range: Option<IpNet>,
     /// 50 for ESP, 17 for UDP; 0 for whatever pods send.
     pub(super) protocol: u8,
     pub(super) dport: Option<u16>,
@@ -250,8 +252,14 @@ impl Packet<'_> {
             (50, _) => "-p esp".into(),
             (17, Some(port)) if nft => format!("udp dport {port}"),
             (17, Some(port)) => format!("-p udp --dport {port}"),
-            _ if nft => format!("{} saddr {}", if self.src.is_ipv6() { "ip6" } else { "ip" }, self.src),
-            _ => format!("-s {}", self.src),
+            _ => {
+                let range = self.range.unwrap_or_else(|| self.src.into());
+                match (nft, self.src.is_ipv6()) {
+                    (true, true) => format!("ip6 saddr {range}"),
+                    (true, false) => format!("ip saddr {range}"),
+                    (false, _) => format!("-s {range}"),
+                }
+            }
         }
     }
 }

@@ -285,12 +285,14 @@ pub(crate) fn cases() -> Vec<(&'static str, Facts)> {
         problem("psk", "no PSK"),
         problem(
             "in-the-way",
-            "node: make route 10.244.9.0/24: 10.244.9.0/24 dev eth1 proto 3 is in the way and is not ringmail's: `ip route \
-             delete 10.244.9.0/24 dev eth1 proto 3`",
+            "node: make guard policy Block dir out src 0.0.0.0/0 dst 10.244.0.0/16: policy dir out src 0.0.0.0/0 dst \
+             10.244.0.0/16 priority 5 is in the way and is not ringmail's; remove it: ip xfrm policy delete dir out src \
+             0.0.0.0/0 dst 10.244.0.0/16",
         ),
         problem(
             "port-refused",
-            "UDP port 4500 can't be opened: Address already in use (os error 98)",
+            "UDP 192.0.2.1:4500 is in use by another program, and UDPEncap needs it: find the holder with `ss -ulpn 'sport = \
+             :4500'` and stop it, or set EncapPort in net-conf.json on every node",
         ),
         problem("problem", "something that this version of the doctor has not heard of"),
         with("drift", &|f| {
@@ -620,7 +622,7 @@ fn a_filter_is_followed_as_the_kernel_follows_it() {
     docker.text = docker.text.replace(":FORWARD ACCEPT", ":FORWARD DROP");
     assert_eq!(
         finds(docker)[0].command,
-        "iptables-legacy -t filter -I FORWARD -s 10.244.1.10 -j ACCEPT"
+        "iptables-legacy -t filter -I FORWARD -s 10.244.0.0/16 -j ACCEPT"
     );
     let mut closed = iptables(&[]);
     closed.text = closed.text.replace(":INPUT ACCEPT", ":INPUT DROP");

@@ -21,7 +21,7 @@ pub(super) fn drops(facts: &Facts) -> Vec<Finding> {
     let filters: Vec<Filter> = facts.filters.iter().map(Filter::parse).collect();
     let public: Vec<IpAddr> = report.public.iter().filter_map(|text| text.parse().ok()).collect();
     let uplink: Vec<&str> = facts.uplink().into_iter().collect();
-    let pods_here = facts.pod_devices();
+    let (network, pods_here) = (facts.network(), facts.pod_devices());
     // A packet to a peer's pod is routed to the mesh's device, and leaves by the uplink.
     let out: Vec<&str> = uplink.iter().copied().chain([LINK]).collect();
     let mut findings = Vec::new();
@@ -59,6 +59,7 @@ pub(super) fn drops(facts: &Facts) -> Vec<Finding> {
             let packet = |src, dst, iif, oif| Packet {
                 src,
                 dst,
+                range: None,
                 protocol,
                 dport,
                 iif,
@@ -80,9 +81,10 @@ pub(super) fn drops(facts: &Facts) -> Vec<Finding> {
             );
         }
         for (mine, theirs) in addresses_of_pods(facts, peer) {
-            let packet = |src, dst, iif, oif| Packet {
+            let packet = |src: IpAddr, dst, iif, oif| Packet {
                 src,
                 dst,
+                range: network.iter().copied().find(|range| range.contains(&src)),
                 protocol: 0,
                 dport: None,
                 iif,

@@ -142,11 +142,11 @@ const PROBLEMS: [(&str, &str, Severity, &str, &str, &str); 13] = [
         "in-the-way",
         Broken,
         "another program's object is in the way",
-        "ringmail leaves what others made, and what stands there stands still",
-        "",
+        "ringmail leaves what others made, and what should stand there does not",
+        "ringmail status",
     ),
     (
-        "address already in use",
+        "is in use by another program, and UDPEncap",
         "port-refused",
         Broken,
         "a port is in use by another program",
@@ -174,6 +174,7 @@ pub(super) fn problems(facts: &Facts) -> Vec<Finding> {
         let (_, check, severity, title, why, command) = *known;
         // An error that names its own remedy knows better.
         let own = after_backtick(text).filter(|own| own.contains(' '));
+        let own = own.or_else(|| Some(text.split_once("remove it: ")?.1).filter(|_| check == "in-the-way"));
         Some(
             Finding::new(severity, check, "node", title)
                 .seen(text)

@@ -59,7 +59,11 @@ fn waiting(facts: &Facts, peer: &PeerReport, reason: &str) -> Finding {
         Some(true) => {
             let finding = Finding::new(Broken, "esp-filtered", name, title).seen(format!(
                 "{name} answers ping at {address}, its lease is in order, and no probe in {} came back",
-                if encap == "true" { "UDP" } else { "ESP" }
+                match encap {
+                    "true" => "UDP",
+                    "auto" => "ESP or UDP",
+                    _ => "ESP",
+                }
             ));
             match encap {
                 "false" => finding
