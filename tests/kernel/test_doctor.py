@@ -120,9 +120,9 @@ def conf(mesh, **backend):
     mesh.configure(network=NETWORK, **backend)
 
 
-def ghost(mesh, number):
+def ghost(mesh, number, key=None):
     """A lease of a node that is not there."""
-    path = mesh.lease_dir / f"10.244.{number}.0-24.json"
+    path = mesh.lease_dir / f"{key or f'10.244.{number}.0-24'}.json"
     path.write_text(json.dumps({"Node": f"ghost{number}", "PublicIP": f"192.168.77.{100 + number}", "BackendType": "ipsec"}))
     return path
 
@@ -227,10 +227,10 @@ BY_COMMAND = {
             [("filter-drops", "nft delete rule inet host out handle")],
         ),
         "pods' packets not accepted by nft": (
-            "nft add table ip host; nft 'add chain ip host fwd { type filter hook forward priority 0; policy drop; }';"
-            " nft add rule ip host fwd ip saddr 10.9.0.0/16 accept",
+            "nft add table ip host; nft 'add chain ip host pods { type filter hook forward priority 0; policy drop; }';"
+            " nft add rule ip host pods ip saddr 10.9.0.0/16 accept",
             "nft delete table ip host",
-            [("filter-drops", "nft insert rule ip host fwd ip saddr")],
+            [("filter-drops", "nft insert rule ip host pods ip saddr")],
         ),
     },
     "a packet filter's policy": {
@@ -246,7 +246,6 @@ BY_COMMAND = {
 @pytest.mark.parametrize("group", BY_COMMAND)
 def test_what_is_done_by_a_command_is_named_with_the_command_that_undoes_it(mesh, group):
     node, faults = mesh.lab.node(1), BY_COMMAND[group].values()
-    node.run("; ".join(make for make, _, _ in faults))
     expected = [one for _, _, findings in faults for one in findings]
     last = []
 
@@ -255,11 +254,12 @@ def test_what_is_done_by_a_command_is_named_with_the_command_that_undoes_it(mesh
         return [(check, part) for check, part in expected if not any(check == c and part in text for c, text in last)]
 
     try:
+        node.run("; ".join(make for make, _, _ in faults))
         eventually(f"doctor finds all of {expected}", lambda: not missing(), 15)
     except AssertionError as error:
         raise AssertionError(f"{error}; it found {last}") from None
     finally:
-        node.run("; ".join(undo for _, undo, _ in faults))
+        node.run("; ".join(undo for _, undo, _ in faults), check=False)
     clean(mesh, 1)
 
 
@@ -297,6 +297,9 @@ def test_what_is_wrong_with_leases_is_named(mesh):
     with files(bad):
         bad.write_text("no lease")
         assert named(mesh, 1, "lease-unreadable")["subject"] == bad.name
+    with files(ghost(mesh, 20, "10.99.5.0-24"), ghost(mesh, 21, "10.244.2.0-25")):
+        assert "ghost20 holds it, the Network is" in named(mesh, 1, "subnet-outside")["evidence"]
+        assert "has a lease of 10.244.2.0/24, ghost21" in named(mesh, 1, "subnet-twice")["evidence"]
     ghosts = [mesh.lease_dir / f"10.244.{number}.0-24.json" for number in range(3, 16)]
     with files(*ghosts):
         for number in range(3, 15):
@@ -380,6 +383,25 @@ def test_a_daemon_that_hangs_or_is_gone_is_named_and_a_silent_peer_with_what_sil
     clean(mesh, 1, 2)
 
 
+def test_an_uplink_that_is_gone_is_named(mesh):
+    node, wire = mesh.lab.node(1), mesh.lab.name + "-wire"
+    node.run("ip link del eth0")
+    try:
+        named(mesh, 1, "uplink-missing")
+    finally:
+        netns.run(wire, f"ip link add node1 type veth peer name eth0 netns {node.namespace}")
+        netns.run(wire, "ip link set node1 master wire up")
+        node.ip(
+            "link set eth0 up",
+            "address add 192.168.77.1/24 dev eth0",
+            "address add fd77::1/64 dev eth0 nodad",
+            "route add default via 192.168.77.254",
+        )
+        node.__dict__.pop("mac", None)
+    mesh.in_order(1, 2)
+    clean(mesh, 1, 2)
+
+
 def test_udp_a_taken_port_and_a_detour_are_named(mesh):
     two = mesh.lab.node(2)
     with netns.make_socket(two.namespace, socket.AF_INET, socket.SOCK_DGRAM) as taken:
@@ -429,6 +451,15 @@ def test_counters_that_rise_are_named_and_explained(mesh):
         found = named(mesh, 1, "xfrm-counter", 2)
         assert found["subject"] == "XfrmInStateSeqError" and "replay" in found["why"], found
         named(mesh, 1, "peer-errors", 2)
+    # A question over a path that takes long: in the time that rotate waits for.
+    two = mesh.lab.node(2)
+    two.netem("delay 600ms")
+    one.ringmail("rotate", check=False)
+    try:
+        assert "the last probe took" in named(mesh, 1, "latency")["evidence"]
+    finally:
+        two.netem(None)
+    one.ringmail("rotate", check=False)
     reader = netns.make_socket(one.namespace, socket.AF_INET, socket.SOCK_DGRAM)
     writer = netns.make_socket(one.namespace, socket.AF_INET, socket.SOCK_DGRAM)
     with reader, writer:
@@ -485,7 +516,8 @@ def test_a_kernel_without_the_cipher_is_named_where_no_daemon_could_start(mesh):
     (node.run_dir / "state.json").write_text(json.dumps(note))
     helper = open("/proc/sys/kernel/modprobe").read()
     assert not any(one["check"] == "kernel-lacks" for one in doctor(mesh, 3))
-    subprocess.run(["modprobe", *(["-d", "/run/kernel"] if os.path.exists("/run/kernel") else []), "-r", "chacha20poly1305"], check=True)
+    elsewhere = ["-d", "/run/kernel"] if os.path.exists("/run/kernel") else []
+    subprocess.run(["modprobe", *elsewhere, "-r", "chacha20poly1305"], check=True)
     open("/proc/sys/kernel/modprobe", "w").write("/bin/false")
     try:
         assert "modprobe -a" in named(mesh, 3, "kernel-lacks")["command"]

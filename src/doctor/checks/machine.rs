@@ -29,7 +29,8 @@ pub(super) fn counters(facts: &Facts) -> Vec<Finding> {
         findings.push(
             Finding::new(Notice, "udp-buffers", "node", "UDP packets are dropped for want of room in a socket's buffer")
                 .seen(format!("RcvbufErrors of Udp rose by {by} in {seconds:.0} s"))
-                .why("a program reads too slowly, or net.core.rmem_max is small; if it is ringmail's, probes and the udp backend's data are lost")
+                .why("a program reads too slowly, or net.core.rmem_max is small; if it is ringmail's, probes and the udp \
+                 backend's data are lost")
                 .run("ss -lunm; sysctl -w net.core.rmem_max=8388608"),
         );
     }
@@ -129,7 +130,8 @@ pub(super) fn clock(facts: &Facts) -> Vec<Finding> {
             findings.push(
                 Finding::new(Notice, "clock-ahead", name, format!("the clock of {name} is ahead, or this node's behind"))
                     .seen(format!("its epoch {epoch} began {} s after what this clock says it is now", ahead(epoch)))
-                    .why("if it is set right, its epochs go on above this one; a node that lost its store is refused until then")
+                    .why("if it is set right, its epochs go on above this one; a node that lost its store is refused until \
+                     then")
                     .run("timedatectl on both nodes; chronyc tracking"),
             );
         }
