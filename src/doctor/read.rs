@@ -8,6 +8,8 @@ mod net;
 
 #[cfg(test)]
 pub(super) use files::conf;
+#[cfg(test)]
+pub(super) use filters::read as filters_now;
 
 use std::fs;
 use std::path::Path;

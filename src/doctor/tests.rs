@@ -11,6 +11,7 @@ use serde_json::{Value, json};
 use super::facts::*;
 use super::read::conf;
 use super::{Facts, bundle, examine, notes};
+use crate::kernel::firewall::lab::Net;
 use crate::testing::Folder;
 
 /// A PSK and a key of an SA that must never show.
@@ -655,6 +656,34 @@ fn a_filter_is_followed_as_the_kernel_follows_it() {
             assert!(finds(FilterText { by, program, text }).is_empty());
         }
     }
+}
+
+#[test]
+#[ignore = "needs root and network namespaces"]
+fn nft_rules_of_a_real_kernel_that_drop_the_mesh_are_found_and_the_remedies_end_it() {
+    let run = |command: &str| {
+        let done = std::process::Command::new("sh").args(["-c", command]).status().unwrap();
+        assert!(done.success(), "{command}");
+    };
+    let look = || {
+        let mut facts = healthy();
+        facts.filters.clear();
+        super::read::filters_now(&mut facts);
+        examine(&facts)
+    };
+    Net::new().run(|| {
+        assert_eq!(look(), []);
+        run("nft add table inet host; nft 'add chain inet host out { type filter hook output priority 0; }'");
+        run("nft add rule inet host out tcp dport '{ 22, 80-90 }' accept; nft add rule inet host out meta l4proto esp counter drop");
+        run("nft add table ip host; nft 'add chain ip host pods { type filter hook forward priority 0; policy drop; }'");
+        run("nft add rule ip host pods ip saddr 10.9.0.0/16 oifname eth0 accept");
+        let found = look();
+        let commands: BTreeSet<&str> = found.iter().map(|finding| finding.command.as_str()).collect();
+        let expected = ["nft delete rule inet host out handle 4", "nft insert rule ip host pods ip saddr 10.244.0.0/16 accept"];
+        assert_eq!(commands, expected.into(), "{found:?}");
+        commands.iter().for_each(|command| run(command));
+        assert_eq!(look(), []);
+    });
 }
 
 #[test]

@@ -27,11 +27,18 @@ pub(super) fn counters(facts: &Facts) -> Vec<Finding> {
     let udp = facts.risen(SNMP);
     if let Some(by) = udp.get("Udp.RcvbufErrors") {
         findings.push(
-            Finding::new(Notice, "udp-buffers", "node", "UDP packets are dropped for want of room in a socket's buffer")
-                .seen(format!("RcvbufErrors of Udp rose by {by} in {seconds:.0} s"))
-                .why("a program reads too slowly, or net.core.rmem_max is small; if it is ringmail's, probes and the udp \
-                 backend's data are lost")
-                .run("ss -lunm; sysctl -w net.core.rmem_max=8388608"),
+            Finding::new(
+                Notice,
+                "udp-buffers",
+                "node",
+                "UDP packets are dropped for want of room in a socket's buffer",
+            )
+            .seen(format!("RcvbufErrors of Udp rose by {by} in {seconds:.0} s"))
+            .why(
+                "a program reads too slowly, or net.core.rmem_max is small; if it is ringmail's, probes and the udp \
+                 backend's data are lost",
+            )
+            .run("ss -lunm; sysctl -w net.core.rmem_max=8388608"),
         );
     }
     at_most(findings)
@@ -128,11 +135,21 @@ pub(super) fn clock(facts: &Facts) -> Vec<Finding> {
         if let Some(epoch) = lease.epoch.filter(|epoch| ahead(*epoch) > AHEAD) {
             let name = &lease.node;
             findings.push(
-                Finding::new(Notice, "clock-ahead", name, format!("the clock of {name} is ahead, or this node's behind"))
-                    .seen(format!("its epoch {epoch} began {} s after what this clock says it is now", ahead(epoch)))
-                    .why("if it is set right, its epochs go on above this one; a node that lost its store is refused until \
-                     then")
-                    .run("timedatectl on both nodes; chronyc tracking"),
+                Finding::new(
+                    Notice,
+                    "clock-ahead",
+                    name,
+                    format!("the clock of {name} is ahead, or this node's behind"),
+                )
+                .seen(format!(
+                    "its epoch {epoch} began {} s after what this clock says it is now",
+                    ahead(epoch)
+                ))
+                .why(
+                    "if it is set right, its epochs go on above this one; a node that lost its store is refused until \
+                     then",
+                )
+                .run("timedatectl on both nodes; chronyc tracking"),
             );
         }
     }

@@ -14,7 +14,7 @@ const USUAL_PATH: &str = "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbi
 const LIMIT: Duration = Duration::from_secs(10);
 
 /// Reads what is installed: nft's rules, and those of iptables that nft does not show.
-pub(super) fn read(facts: &mut Facts) {
+pub(in crate::doctor) fn read(facts: &mut Facts) {
     let path = std::env::var_os("PATH").unwrap_or_else(|| USUAL_PATH.into());
     let nft = installed(&path, "nft");
     let mut seen = false;
