@@ -359,7 +359,7 @@ pub(crate) fn cases() -> Vec<(&'static str, Facts)> {
         with("loss", &|f| report(f).peers[0].loss = Some(0.25)),
         with("latency", &|f| report(f).peers[0].round_trip = Some(90.0)),
         with("peer-errors", &|f| {
-            f.later_report.as_mut().unwrap().peers[0].errors = 12
+            f.later_report.as_mut().unwrap().peers[0].errors = 12;
         }),
         with("subnet-twice", &|f| add_lease(f, lease("node-x", 3))),
         with("subnet-outside", &|f| {
@@ -384,7 +384,7 @@ pub(crate) fn cases() -> Vec<(&'static str, Facts)> {
         with("pod-mtu", &|f| f.links[3].mtu = 1500),
         with("subnet-env-missing", &|f| f.subnet_env = None),
         with("subnet-env-mtu", &|f| {
-            f.subnet_env = Some("FLANNEL_SUBNET=10.244.1.1/24\nFLANNEL_MTU=1500\n".into())
+            f.subnet_env = Some("FLANNEL_SUBNET=10.244.1.1/24\nFLANNEL_MTU=1500\n".into());
         }),
         with("subnet-env-subnet", &|f| {
             f.subnet_env = Some("FLANNEL_SUBNET=10.244.7.1/24\nFLANNEL_MTU=1446\n".into());
@@ -392,7 +392,7 @@ pub(crate) fn cases() -> Vec<(&'static str, Facts)> {
         with("path-mtu", &|f| report(f).peers[0].full_size = Some(false)),
         with("route-shadow", &|f| f.routes.push(route("10.244.2.128/25", "eth0", 3))),
         with("network-overlap", &|f| {
-            f.routes.push(route("10.244.200.0/24", "docker0", 2))
+            f.routes.push(route("10.244.200.0/24", "docker0", 2));
         }),
         with("rule-shadow", &|f| {
             f.rules.push(rule(100, 7));
@@ -403,17 +403,17 @@ pub(crate) fn cases() -> Vec<(&'static str, Facts)> {
             f.routes.push(there);
         }),
         with("policy-shadow", &|f| {
-            f.policies.push(policy(false, "out", "0.0.0.0/0", "10.244.2.0/25", 100))
+            f.policies.push(policy(false, "out", "0.0.0.0/0", "10.244.2.0/25", 100));
         }),
         with("forwarding", &|f| set(f, "sys/net/ipv4/conf/cni0/forwarding", "0\n")),
         with("rp-filter", &|f| {
             f.reached_by.insert("192.0.2.3".parse().unwrap(), "eth1".into());
         }),
         with("filter-drops", &|f| {
-            f.filters.push(iptables(&["[12:1400] -A INPUT -p esp -j DROP"]))
+            f.filters.push(iptables(&["[12:1400] -A INPUT -p esp -j DROP"]));
         }),
         with("leftover-device", &|f| {
-            f.links.push(link(9, "flannel.1", "vxlan", 1450, None))
+            f.links.push(link(9, "flannel.1", "vxlan", 1450, None));
         }),
         with("leftover-rules", &|f| {
             let mut theirs = iptables(&[]);
@@ -434,13 +434,13 @@ pub(crate) fn cases() -> Vec<(&'static str, Facts)> {
             grown(f, SNMP, "Udp: InDatagrams RcvbufErrors\nUdp: 200 47\n");
         }),
         with("conntrack", &|f| {
-            set(f, "sys/net/netfilter/nf_conntrack_count", "65000\n")
+            set(f, "sys/net/netfilter/nf_conntrack_count", "65000\n");
         }),
         with("neighbours", &|f| {
-            set(f, "net/stat/arp_cache", "entries  allocs\n000003f0 00000040\n")
+            set(f, "net/stat/arp_cache", "entries  allocs\n000003f0 00000040\n");
         }),
         with("memory", &|f| {
-            set(f, "meminfo", "MemTotal:       2048000 kB\nMemAvailable:   50000 kB\n")
+            set(f, "meminfo", "MemTotal:       2048000 kB\nMemAvailable:   50000 kB\n");
         }),
         with("clock-back", &|f| f.now -= 3600),
         with("clock-ahead", &|f| {
@@ -452,7 +452,7 @@ pub(crate) fn cases() -> Vec<(&'static str, Facts)> {
                 f,
                 "cpuinfo",
                 "processor\t: 0\nFeatures\t: fp asimd evtstrm crc32 cpuid\n",
-            )
+            );
         }),
     ]
 }
@@ -541,18 +541,16 @@ fn every_finding_that_a_check_can_make_has_a_case() {
     ];
     let made = regex::Regex::new(r#"(?:Severity::)?(?:Broken|Degraded|Notice|severity),\s*"([a-z-]+)""#).unwrap();
     let table = regex::Regex::new(r#""([a-z-]+)",\s*(?:Broken|Degraded|Notice),"#).unwrap();
+    let chosen = regex::Regex::new(r#"\((?:Degraded|Notice), "([a-z-]+)", format"#).unwrap();
     let mut names = BTreeSet::new();
     for source in sources {
         let path = format!("{}/src/doctor/checks/{source}.rs", env!("CARGO_MANIFEST_DIR"));
         let text = std::fs::read_to_string(path).unwrap();
-        for found in made.captures_iter(&text).chain(table.captures_iter(&text)) {
-            names.insert(found[1].to_owned());
-        }
-        for chosen in regex::Regex::new(r#"\((?:Degraded|Notice), "([a-z-]+)", format"#)
-            .unwrap()
-            .captures_iter(&text)
+        for found in [&made, &table, &chosen]
+            .iter()
+            .flat_map(|pattern| pattern.captures_iter(&text))
         {
-            names.insert(chosen[1].to_owned());
+            names.insert(found[1].to_owned());
         }
     }
     let cases: BTreeSet<String> = cases().iter().map(|(name, _)| (*name).to_owned()).collect();

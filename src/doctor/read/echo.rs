@@ -85,10 +85,9 @@ fn collect(socket: &OwnedFd, v6: bool, answers: &mut BTreeMap<IpAddr, bool>) -> 
             Err(Errno::EINTR) => continue,
             Err(error) => return Err(error.into()),
         }
-        let (length, from) = match recvfrom::<SockaddrStorage>(socket.as_raw_fd(), &mut buffer) {
-            Ok(received) => received,
-            // A port that is unreachable and the like is told by the silence.
-            Err(_) => continue,
+        // A port that is unreachable and the like is told by the silence.
+        let Ok((length, from)) = recvfrom::<SockaddrStorage>(socket.as_raw_fd(), &mut buffer) else {
+            continue;
         };
         let from = from.and_then(|from| {
             let v4 = from.as_sockaddr_in().map(|from| IpAddr::from(from.ip()));
