@@ -285,6 +285,11 @@ pub(crate) fn cases() -> Vec<(&'static str, Facts)> {
         ),
         problem("psk", "no PSK"),
         problem(
+            "plaintext-dropped",
+            "the guard has dropped 3 packets of the mesh that came in by eth0 without ESP; when that is mended, set the \
+             count back: nft reset counters table inet ringmail",
+        ),
+        problem(
             "in-the-way",
             "node: make guard policy Block dir out src 0.0.0.0/0 dst 10.244.0.0/16: policy dir out src 0.0.0.0/0 dst \
              10.244.0.0/16 priority 5 is in the way and is not ringmail's; remove it: ip xfrm policy delete dir out src \

@@ -105,8 +105,8 @@ def named(mesh, number, check, watch=0, timeout=15):
         raise AssertionError(f"{error}; it found {last}") from None
 
 
-# Tells of the last 20 probes, so of minutes.
-LASTING = {"loss"}
+# What tells of the last 20 probes, so of minutes, and what stays until the count is set back.
+LASTING = {"loss", "plaintext-dropped"}
 
 
 def clean(mesh, *numbers, timeout=30):
@@ -427,6 +427,27 @@ def test_udp_a_taken_port_and_a_detour_are_named(mesh):
     conf(mesh)
     mesh.in_order(1, 2)
     clean(mesh, 1, 2)
+
+
+def test_what_probes_tell_of_a_path_is_named(mesh):
+    one, two, wire = mesh.lab.node(1), mesh.lab.node(2), mesh.lab.name + "-wire"
+    # A bridge tells nobody of what is too large for a port.
+    netns.run(wire, "ip link set node2 mtu 1400")
+    try:
+        one.ringmail("rotate", check=False)
+        assert "MTU" in named(mesh, 1, "path-mtu", timeout=60)["command"]
+    finally:
+        netns.run(wire, "ip link set node2 mtu 1500")
+    conf(mesh, UDPEncap="auto")  # asks every 2 s, and not every 15
+    mesh.in_order(1, 2)
+    two.netem("loss 50%")
+    try:
+        assert "%" in named(mesh, 1, "loss", timeout=90)["evidence"]
+    finally:
+        two.netem(None)
+        conf(mesh)
+    mesh.in_order(1, 2)
+    clean(mesh, 1, 2, timeout=60)
 
 
 @contextlib.contextmanager

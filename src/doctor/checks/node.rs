@@ -56,7 +56,7 @@ fn after_backtick(text: &str) -> Option<&str> {
 }
 
 /// What the report calls a problem: which words stand for what.
-const PROBLEMS: [(&str, &str, Severity, &str, &str, &str); 13] = [
+const PROBLEMS: [(&str, &str, Severity, &str, &str, &str); 14] = [
     (
         "no uplink",
         "uplink-missing",
@@ -122,6 +122,14 @@ const PROBLEMS: [(&str, &str, Severity, &str, &str, &str); 13] = [
         "take AllowPlaintextPeers out of net-conf.json",
     ),
     (
+        "the guard has dropped",
+        "plaintext-dropped",
+        Degraded,
+        "packets of the mesh came to the uplink without ESP, and were dropped",
+        "nothing got out or in; somebody sends without encryption, or forges a pod's address, or did since the count began",
+        "ringmail audit",
+    ),
+    (
         "which was taken from this node",
         "psk-needed",
         Notice,
@@ -174,7 +182,12 @@ pub(super) fn problems(facts: &Facts) -> Vec<Finding> {
         let (_, check, severity, title, why, command) = *known;
         // An error that names its own remedy knows better.
         let own = after_backtick(text).filter(|own| own.contains(' '));
-        let own = own.or_else(|| Some(text.split_once("remove it: ")?.1).filter(|_| check == "in-the-way"));
+        let ends = match check {
+            "in-the-way" => text.split_once("remove it: "),
+            "plaintext-dropped" => text.split_once("set the count back: "),
+            _ => None,
+        };
+        let own = own.or(ends.map(|(_, command)| command));
         Some(
             Finding::new(severity, check, "node", title)
                 .seen(text)
