@@ -41,7 +41,7 @@ use metrics::{Measures, Vitals};
 pub use client::{AskError, ask};
 pub use listen::{ListenError, Listener, listen};
 pub use remembered::{RememberError, Remembered, RememberedEtcd, RememberedKube};
-pub use single::{Single, SingleError};
+pub use single::{PID_FILE, Single, SingleError};
 
 /// Where the daemon's socket and files are unless `--run-dir` says otherwise.
 pub const RUN_DIR: &str = "/run/ringmail";

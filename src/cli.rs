@@ -8,6 +8,7 @@
 mod audit;
 mod cleanup;
 mod config;
+mod doctor;
 mod etcd;
 mod install;
 mod interval;
@@ -50,6 +51,7 @@ Examples:
   ringmail status                                   every peer, and why one is not up
   ringmail top                                      the same, live: who sends how much, how fast, how well
   ringmail audit                                    is everything encrypted?
+  ringmail doctor                                   what is wrong, and what to do?
 
 Exit codes: 0 clean, 64 usage, 78 configuration, 69 store unreachable, 1 the rest."
 )]
@@ -69,6 +71,8 @@ pub enum Verb {
     Top(top::Arguments),
     /// Compare the kernel with the plan, explain every SA, look for ways that plaintext could go.
     Audit(audit::Arguments),
+    /// Look for what is wrong with this node and its mesh, worst first, with the command to run.
+    Doctor(doctor::Arguments),
     /// List all leases and what this node makes of them.
     Leases(leases::Arguments),
     /// Begin a new epoch, so new keys, now.
@@ -196,6 +200,7 @@ impl Verb {
             Self::Status(arguments) => status::run(&arguments, &style),
             Self::Top(arguments) => top::run(&arguments, style),
             Self::Audit(arguments) => audit::run(&arguments, &style),
+            Self::Doctor(arguments) => doctor::run(&arguments, &style),
             Self::Leases(arguments) => leases::run(&arguments, &style),
             Self::Rotate(arguments) => rotate::run(&arguments),
             Self::Keygen(arguments) => keygen::run(&arguments),

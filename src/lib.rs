@@ -40,7 +40,8 @@
 //! Where to read first: [`epochs`] (the rules that the rest serves), [`node`], [`backend::ipsec`] (the datapath),
 //! [`kernel`] and [`reconcile`], then [`daemon`], which joins them. What a lease must prove stands in [`admission`], and
 //! how keys are derived in the crate [`keys`]. [`tunnel`] stands alone: it knows routes and counters, and no leases. So
-//! does [`cni`], the CNI plugin, a program of its own that knows the daemon by its subnet.env.
+//! does [`cni`], the CNI plugin, a program of its own that knows the daemon by its subnet.env. [`doctor`] asks the daemon and
+//! the kernel as any operator could, and judges what they say.
 
 pub mod admin;
 pub mod admission;
@@ -51,6 +52,7 @@ pub mod cli;
 pub mod cni;
 pub mod config;
 pub mod daemon;
+pub mod doctor;
 pub mod epochs;
 pub mod histogram;
 pub mod kernel;

@@ -22,7 +22,7 @@ use super::listen::make_folder;
 const NAME: &[u8] = b"ringmail";
 
 /// The pid file's name in the run folder.
-const PID_FILE: &str = "ringmail.pid";
+pub const PID_FILE: &str = "ringmail.pid";
 
 /// How long an earlier daemon may take to be gone. A child that it has just forked holds its claims until it executes
 /// its program, however dead the daemon is.

@@ -21,6 +21,7 @@ use crate::node::report::Report;
 use crate::testing::Folder;
 use crate::tunnel::{Counters, Offload};
 
+mod doctor;
 mod removal;
 
 const PLAIN: Style = Style { colour: false };
@@ -467,7 +468,7 @@ fn a_wrong_command_line_is_64_and_says_what_is_wrong() {
 fn every_verb_explains_itself_with_its_exit_codes() {
     use clap::CommandFactory as _;
     Cli::command().debug_assert();
-    for verb in ["status", "audit", "leases", "rotate", "cleanup"] {
+    for verb in ["status", "audit", "doctor", "leases", "rotate", "cleanup"] {
         let Ok(Invocation::Text(text)) = parse(&["ringmail", verb, "--help"]) else {
             panic!("{verb}")
         };

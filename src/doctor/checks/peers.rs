@@ -1,0 +1,183 @@
+//! Peers, as the daemon sees them.
+
+use super::super::Severity::{Broken, Degraded, Notice};
+use super::{Facts, Finding, at_most};
+use crate::node::report::{PeerReport, State};
+
+/// One lost probe of the last 20 is not worth a finding.
+const LOSS: f64 = 0.05;
+/// A round trip this many times the median of all is an outlier, if it is this much longer too, milliseconds.
+const OUTLIER: f64 = 5.0;
+const LONGER: f64 = 20.0;
+/// A round trip that is long whatever the others' are, milliseconds.
+const LONG: f64 = 500.0;
+
+/// Peers that data does not go to, or not as it should.
+pub(super) fn state(facts: &Facts) -> Vec<Finding> {
+    at_most(facts.peers().iter().filter_map(|peer| of_state(facts, peer)).collect())
+}
+
+fn of_state(facts: &Facts, peer: &PeerReport) -> Option<Finding> {
+    let name = &peer.node;
+    let reason = peer.reason.as_deref().unwrap_or("no reason is given");
+    match peer.state {
+        State::Refused => Some(
+            Finding::new(Broken, "peer-refused", name, format!("peer {name} is refused"))
+                .seen(reason)
+                .why("its lease is not believed or can't be served, so nothing is sent to its pods")
+                .run("ringmail leases"),
+        ),
+        State::Waiting => Some(waiting(facts, peer, reason)),
+        State::Kept => Some(
+            Finding::new(
+                Degraded,
+                "peer-kept",
+                name,
+                format!("peer {name} has not answered since this daemon began"),
+            )
+            .seen(reason)
+            .why("data goes on the keys of the process before, until a probe comes back")
+            .run("ringmail status"),
+        ),
+        State::Up | State::Moving | State::Plain => doubtful(peer),
+    }
+}
+
+/// A peer that no probe has come back from.
+fn waiting(facts: &Facts, peer: &PeerReport, reason: &str) -> Finding {
+    let (name, address) = (&peer.node, &peer.address);
+    let title = format!("nothing can be sent to peer {name}");
+    if !reason.starts_with("no probe came back") {
+        return Finding::new(Broken, "peer-waiting", name, title)
+            .seen(reason)
+            .why("data waits until the peer has proved that it has the keys")
+            .run("ringmail status");
+    }
+    let answers = address.parse().ok().and_then(|address| facts.echoes.get(&address));
+    let encap = facts.report.as_ref().map_or("", |report| report.encap.as_str());
+    match answers {
+        Some(true) => {
+            let finding = Finding::new(Broken, "esp-filtered", name, title).seen(format!(
+                "{name} answers ping at {address}, its lease is in order, and no probe in {} came back",
+                match encap {
+                    "true" => "UDP",
+                    "auto" => "ESP or UDP",
+                    _ => "ESP",
+                }
+            ));
+            match encap {
+                "false" => finding
+                    .why("something on the path or at the peer drops IP protocol 50 (ESP), or its daemon does not run")
+                    .run("put \"UDPEncap\": \"auto\" into Backend of net-conf.json; tcpdump -ni any esp at both ends"),
+                _ => finding
+                    .why("something on the path or at the peer drops the UDP port, or its daemon does not run")
+                    .run("tcpdump -ni any 'esp or udp port 4500' at both ends"),
+            }
+        }
+        Some(false) | None => Finding::new(Broken, "peer-unreachable", name, title)
+            .seen(match answers {
+                Some(_) => format!("{address} does not answer ping, and no probe came back"),
+                None => format!("no probe came back from {address}"),
+            })
+            .why("the node is down, or the network between the two does not carry packets")
+            .run(format!("ping -c 3 {address}; ip route get {address}")),
+    }
+}
+
+/// A peer that data goes to, with something to say.
+fn doubtful(peer: &PeerReport) -> Option<Finding> {
+    let name = &peer.node;
+    // What its size is the reason of has a finding of its own.
+    if let Some(reason) = peer.reason.as_ref().filter(|_| peer.full_size != Some(false)) {
+        return Some(
+            Finding::new(
+                Degraded,
+                "peer-doubtful",
+                name,
+                format!("peer {name} is served, with a doubt"),
+            )
+            .seen(reason)
+            .why("what is in use serves on until this is right")
+            .run("ringmail status; ringmail leases"),
+        );
+    }
+    peer.detour.as_ref().map(|why| {
+        Finding::new(
+            Notice,
+            "esp-detour",
+            name,
+            format!("plain ESP does not reach peer {name}: its data goes in UDP"),
+        )
+        .seen(why)
+        .why("something on the path drops IP protocol 50; UDP costs 8 bytes a packet")
+        .run("let IP protocol 50 pass between the nodes, or set \"UDPEncap\": true")
+    })
+}
+
+/// Peers whose probes are lost, and those that full packets do not reach.
+pub(super) fn loss(facts: &Facts) -> Vec<Finding> {
+    let lossy = facts.peers().iter().filter_map(|peer| {
+        let loss = peer.loss.filter(|loss| *loss > LOSS)?;
+        let severity = if loss >= 0.5 { Broken } else { Degraded };
+        let (name, address) = (&peer.node, &peer.address);
+        Some(
+            Finding::new(severity, "loss", name, format!("packets to peer {name} are lost"))
+                .seen(format!("{:.0} % of the last probes got no answer", loss * 100.0))
+                .why("the network between the two drops packets, or one end has no time for them")
+                .run(format!(
+                    "ping -i 0.2 -c 50 {address}; ip -s link show dev {}",
+                    facts.uplink().unwrap_or("UPLINK")
+                )),
+        )
+    });
+    at_most(lossy.collect())
+}
+
+/// Peers that answer much later than the others.
+pub(super) fn latency(facts: &Facts) -> Vec<Finding> {
+    let mut all: Vec<f64> = facts.peers().iter().filter_map(|peer| peer.round_trip).collect();
+    all.sort_by(f64::total_cmp);
+    let median = (all.len() >= 3).then(|| all[all.len() / 2]);
+    let slow = facts.peers().iter().filter_map(|peer| {
+        let took = peer.round_trip?;
+        let outlier = median.is_some_and(|median| took > median * OUTLIER && took > median + LONGER);
+        let usual = match median {
+            Some(median) if outlier => format!("; the median of all peers is {median:.1} ms"),
+            _ if took > LONG => String::new(),
+            _ => return None,
+        };
+        let (name, address) = (&peer.node, &peer.address);
+        Some(
+            Finding::new(Notice, "latency", name, format!("peer {name} answers late"))
+                .seen(format!("the last probe took {took:.1} ms{usual}"))
+                .why("a long or crowded path, or a node that is busy")
+                .run(format!("ping -c 10 {address}; mtr {address}")),
+        )
+    });
+    at_most(slow.collect())
+}
+
+/// Peers whose packets the kernel refuses, now.
+pub(super) fn errors(facts: &Facts) -> Vec<Finding> {
+    let later = facts.later_report.iter().flat_map(|report| &report.peers);
+    let rising = later.filter_map(|after| {
+        let before = facts.peers().iter().find(|before| before.node == after.node)?;
+        let rise = after.errors.saturating_sub(before.errors);
+        let name = &after.node;
+        (rise > 0).then(|| {
+            Finding::new(
+                Degraded,
+                "peer-errors",
+                name,
+                format!("the kernel refuses packets that come on peer {name}'s SAs"),
+            )
+            .seen(format!(
+                "{rise} in {:.0} s: integrity check failed, replayed, or too old",
+                facts.watched
+            ))
+            .why("they were changed, doubled or much delayed on the way, or somebody plays them back")
+            .run("ip -s xfrm state list nokeys; ringmail rotate")
+        })
+    });
+    at_most(rising.collect())
+}
