@@ -100,6 +100,14 @@ struct Trail {
     proved: Option<Duration>,
 }
 
+/// Of a carrier that nothing was asked on.
+const NEVER: Trail = Trail {
+    last: None,
+    unanswered: 0,
+    since: Duration::ZERO,
+    proved: None,
+};
+
 impl Trail {
     fn asked(&mut self, ticket: u64, now: Duration) {
         if self.unanswered == 0 {
@@ -129,7 +137,8 @@ impl Trail {
 pub struct Choice {
     chosen: Option<Carrier>,
     esp: Trail,
-    udp: Trail,
+    /// There once anything was asked on it.
+    udp: Option<Box<Trail>>,
     /// Answers on plain ESP in a row, while data is on UDP.
     proofs: u32,
     /// How many of them bring data back.
@@ -146,7 +155,7 @@ impl Choice {
         Self {
             chosen: presumed,
             esp: Trail::default(),
-            udp: Trail::default(),
+            udp: None,
             proofs: 0,
             wanted: PROOFS,
             returned: None,
@@ -187,8 +196,8 @@ impl Choice {
         self.round_trip = (self.round_trip * 7 + round_trip.min(SLOW)) / 8;
         if self.esp.answered(ticket) {
             self.proofs += 1;
-        } else {
-            self.udp.answered(ticket);
+        } else if let Some(udp) = &mut self.udp {
+            udp.answered(ticket);
         }
         self.look(now)
     }
@@ -199,12 +208,13 @@ impl Choice {
         let instead = |silent: &Trail, other: &Trail| {
             self.silent(silent, now) && other.proved.is_some_and(|sent| sent >= silent.since)
         };
+        let udp = self.of(Carrier::Udp);
         let (to, reason) = match self.chosen {
             None if self.esp.proved.is_some() => (Carrier::Esp, Reason::First),
-            None if instead(&self.esp, &self.udp) => (Carrier::Udp, Reason::OtherSilent),
-            Some(Carrier::Esp) if instead(&self.esp, &self.udp) => (Carrier::Udp, Reason::OtherSilent),
+            None if instead(&self.esp, udp) => (Carrier::Udp, Reason::OtherSilent),
+            Some(Carrier::Esp) if instead(&self.esp, udp) => (Carrier::Udp, Reason::OtherSilent),
             Some(Carrier::Udp) if self.proofs >= self.wanted => (Carrier::Esp, Reason::Passes(self.proofs)),
-            Some(Carrier::Udp) if instead(&self.udp, &self.esp) => (Carrier::Esp, Reason::OtherSilent),
+            Some(Carrier::Udp) if instead(udp, &self.esp) => (Carrier::Esp, Reason::OtherSilent),
             None | Some(_) => return None,
         };
         let from = self.chosen.replace(to);
@@ -239,7 +249,7 @@ impl Choice {
             let at = trail.since + self.wait();
             (trail.unanswered > 0).then_some(at)
         });
-        let silent = [&self.esp, &self.udp].into_iter().filter_map(|trail| {
+        let silent = [&self.esp, self.of(Carrier::Udp)].into_iter().filter_map(|trail| {
             let (_, sent) = trail.last?;
             (trail.unanswered >= TRIES).then(|| sent + self.grace())
         });
@@ -273,14 +283,14 @@ impl Choice {
     fn of(&self, carrier: Carrier) -> &Trail {
         match carrier {
             Carrier::Esp => &self.esp,
-            Carrier::Udp => &self.udp,
+            Carrier::Udp => self.udp.as_deref().unwrap_or(&NEVER),
         }
     }
 
     fn trail(&mut self, carrier: Carrier) -> &mut Trail {
         match carrier {
             Carrier::Esp => &mut self.esp,
-            Carrier::Udp => &mut self.udp,
+            Carrier::Udp => self.udp.get_or_insert_default(),
         }
     }
 }

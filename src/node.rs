@@ -138,7 +138,8 @@ struct Known {
     admitted: Option<Arc<Admitted>>,
     /// The lease that what is admitted was read from.
     proof: Option<Arc<Lease>>,
-    refusal: Option<Refusal>,
+    /// By itself: hardly any lease is refused.
+    refusal: Option<Box<Refusal>>,
     /// Whether the store has the lease now.
     stored: bool,
     /// Since when the lease that was admitted is gone, where the peer is served on.
@@ -154,7 +155,7 @@ impl Known {
 
     /// Whether its newest lease says that it has no PSK of ours, also where an earlier one serves.
     fn lacks_psk(&self) -> bool {
-        let refusal = self.refusal.as_ref();
+        let refusal = self.refusal.as_deref();
         matches!(refusal, Some(Refusal::NoCommonPsk { .. } | Refusal::PskDropped { .. }))
     }
 }
@@ -338,11 +339,11 @@ impl Node {
                         match newest {
                             Some(newest) if admitted.statement.epoch < newest => {
                                 let seen = admitted.statement.epoch;
-                                known.refusal = Some(Rollback { seen, newest }.into());
+                                known.refusal = Some(Box::new(Rollback { seen, newest }.into()));
                                 BTreeSet::new()
                             }
                             Some(newest) if admitted.statement.epoch == newest && !known.says(&admitted) => {
-                                known.refusal = Some(Refusal::Rewritten(newest));
+                                known.refusal = Some(Box::new(Refusal::Rewritten(newest)));
                                 BTreeSet::new()
                             }
                             _ => {
@@ -363,7 +364,7 @@ impl Node {
                         self.claims.set(name, None)
                     }
                     Err(refusal) => {
-                        known.refusal = Some(self.psks.explain(refusal));
+                        known.refusal = Some(Box::new(self.psks.explain(refusal)));
                         BTreeSet::new()
                     }
                 }
@@ -387,11 +388,11 @@ impl Node {
             Some(known) if conflict.is_none() => {
                 known
                     .refusal
-                    .take_if(|refusal| matches!(refusal, Refusal::Conflict { .. }));
+                    .take_if(|refusal| matches!(**refusal, Refusal::Conflict { .. }));
                 known.admitted.clone()
             }
             Some(known) => {
-                known.refusal = conflict;
+                known.refusal = conflict.map(Box::new);
                 None
             }
             None => None,
@@ -456,7 +457,7 @@ impl Node {
         }
         if let Err(rollback) = peer.pair.peer_epoch(epoch) {
             if let Some(known) = self.known.get_mut(name) {
-                known.refusal = Some(rollback.into());
+                known.refusal = Some(Box::new(rollback.into()));
             }
             return;
         }
@@ -529,7 +530,7 @@ impl Node {
     pub fn refusals(&self) -> impl Iterator<Item = (&NodeName, &Refusal)> {
         self.known
             .iter()
-            .filter_map(|(name, known)| Some((name, known.refusal.as_ref()?)))
+            .filter_map(|(name, known)| Some((name, known.refusal.as_deref()?)))
     }
 
     /// Every other node that the store has a lease of.

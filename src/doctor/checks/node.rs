@@ -187,7 +187,7 @@ pub(super) fn problems(facts: &Facts) -> Vec<Finding> {
             "plaintext-dropped" => text.split_once("set the count back: "),
             _ => None,
         };
-        let own = own.or(ends.map(|(_, command)| command));
+        let own = own.or_else(|| ends.map(|(_, command)| command));
         Some(
             Finding::new(severity, check, "node", title)
                 .seen(text)
