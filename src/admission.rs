@@ -15,6 +15,7 @@ use base64::engine::general_purpose::STANDARD as BASE64;
 use ipnet::IpNet;
 use keys::{EncapMode, Encoded, Kid, Psk, PublicKey, Slot, Statement, Tag};
 use serde::{Deserialize, Serialize};
+use smallvec::SmallVec;
 
 use crate::lease::{BackendData, Lease, Network, NoSlot, NodeName};
 use crate::packed::pack;
@@ -261,8 +262,8 @@ pub struct Claims {
     by_node: BTreeMap<NodeName, Box<[Claim]>>,
     /// Nodes that take plain ESP alone, and so need an address of their own. Behind one NAT, UDP tells nodes apart.
     plain: BTreeSet<NodeName>,
-    /// One node nearly always: a list takes the least room.
-    by_claim: BTreeMap<Claim, Vec<NodeName>>,
+    /// One node nearly always.
+    by_claim: BTreeMap<Claim, SmallVec<[NodeName; 1]>>,
 }
 
 impl Claims {
@@ -291,7 +292,7 @@ impl Claims {
             }
         }
         for claim in &claims {
-            let nodes = self.by_claim.entry(*claim).or_insert_with(|| Vec::with_capacity(1));
+            let nodes = self.by_claim.entry(*claim).or_default();
             if !nodes.contains(node) {
                 touched.extend(nodes.iter().cloned());
                 nodes.push(node.clone());

@@ -144,7 +144,7 @@ impl Statement {
 /// A statement's canonical bytes. Only [`Statement::encode`] and a strict reading of received bytes make one.
 #[derive(Clone, Eq, PartialEq)]
 pub struct Encoded {
-    bytes: Vec<u8>,
+    bytes: Box<[u8]>,
     digest: [u8; 32],
     public: PublicKey,
 }
@@ -168,6 +168,7 @@ impl Encoded {
     fn seal(bytes: Vec<u8>, public: PublicKey) -> Self {
         let hash = digest::digest(&digest::SHA256, &bytes);
         let digest = hash.as_ref().try_into().expect("SHA-256 gives 32 bytes");
+        let bytes = bytes.into();
         Self { bytes, digest, public }
     }
 }

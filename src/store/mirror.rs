@@ -6,8 +6,10 @@
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::ffi::{OsStr, OsString};
+use std::sync::Arc;
 use std::time::{Duration, Instant};
 
+use smallvec::SmallVec;
 use tokio::sync::watch;
 
 use super::StoreError;
@@ -51,9 +53,9 @@ enum Entry {
 /// What the files say.
 #[derive(Debug, Default)]
 pub(super) struct Mirror {
-    files: BTreeMap<OsString, Entry>,
+    files: BTreeMap<Arc<OsStr>, Entry>,
     /// Every file that names a node, in the order of revisions: the last one counts.
-    claims: BTreeMap<NodeName, Vec<(u64, OsString)>>,
+    claims: BTreeMap<NodeName, SmallVec<[(u64, Arc<OsStr>); 1]>>,
     /// What `status` says of files that don't count.
     notes: BTreeMap<OsString, String>,
     notes_changed: bool,
@@ -98,7 +100,7 @@ impl Mirror {
 
     /// The file that counts for `node`.
     pub(super) fn file_of(&self, node: &NodeName) -> Option<&OsStr> {
-        self.claims.get(node)?.last().map(|(_, name)| name.as_os_str())
+        self.claims.get(node)?.last().map(|(_, name)| &**name)
     }
 
     /// Every file that names `node`.
@@ -107,7 +109,7 @@ impl Mirror {
             .get(node)
             .into_iter()
             .flatten()
-            .map(|(_, name)| name.clone())
+            .map(|(_, name)| name.to_os_string())
             .collect()
     }
 
@@ -130,7 +132,7 @@ impl Mirror {
         }
         self.folder = Some(identity);
         for name in &names {
-            let unchanged = match self.files.get(name) {
+            let unchanged = match self.files.get(name.as_os_str()) {
                 Some(Entry::Lease {
                     stamp: Some(stamp),
                     trouble: None,
@@ -146,8 +148,8 @@ impl Mirror {
         let unlisted: Vec<OsString> = self
             .files
             .keys()
-            .filter(|name| !names.contains(*name))
-            .cloned()
+            .filter(|name| !names.contains(&***name))
+            .map(|name| name.to_os_string())
             .collect();
         for name in unlisted {
             // The own lease is written again by its owner, which has to see that it is gone.
@@ -227,7 +229,7 @@ impl Mirror {
 
     /// Takes in what stands under `name`. Returns the file to read next, where another one counts for the node now.
     fn learn(&mut self, name: OsString, found: Found, loss: Loss, now: Instant) -> Option<OsString> {
-        let before = match self.files.get(&name) {
+        let before = match self.files.get(&*name) {
             Some(Entry::Lease { node, revision, .. }) => Some((node.clone(), *revision)),
             Some(Entry::Rejected { .. }) | None => None,
         };
@@ -254,7 +256,7 @@ impl Mirror {
             {
                 let (node, trouble) = (node.clone(), Some(reason));
                 self.files.insert(
-                    name.clone(),
+                    name.as_os_str().into(),
                     Entry::Lease {
                         node,
                         revision: *revision,
@@ -275,22 +277,24 @@ impl Mirror {
             .is_some_and(|(node, _)| self.file_of(node) == Some(&name));
         if let Some((node, revision)) = &before {
             let claims = self.claims.get_mut(node).expect("a lease's node has a claim");
-            claims.retain(|(at, file)| (*at, file) != (*revision, &name));
+            claims.retain(|(at, file)| (*at, &**file) != (*revision, &*name));
             if claims.is_empty() {
                 self.claims.remove(node);
             }
         }
         match entry {
             Some(entry) => {
+                let known = self.files.get_key_value(&*name).map(|(known, _)| known.clone());
+                let kept = known.unwrap_or_else(|| name.as_os_str().into());
                 if let Entry::Lease { node, revision, .. } = &entry {
-                    let claims = self.claims.entry(node.clone()).or_insert_with(|| Vec::with_capacity(1));
-                    claims.push((*revision, name.clone()));
+                    let claims = self.claims.entry(node.clone()).or_default();
+                    claims.push((*revision, kept.clone()));
                     claims.sort();
                 }
-                self.files.insert(name.clone(), entry);
+                self.files.insert(kept, entry);
             }
             None => {
-                self.files.remove(&name);
+                self.files.remove(&*name);
             }
         }
         let mut next = None;
@@ -331,14 +335,14 @@ impl Mirror {
 
     /// Writes anew what there is to say of a file.
     fn note(&mut self, name: OsString) {
-        let note = match self.files.get(&name) {
+        let note = match self.files.get(&*name) {
             Some(Entry::Rejected { reason }) => Some(reason.clone()),
             Some(Entry::Lease {
                 trouble: Some(trouble), ..
             }) => Some(trouble.clone()),
             Some(Entry::Lease { node, revision, .. }) => self.claims[node].last().and_then(|(newest, counts)| {
                 let reason = || format!("revision {revision} of node {node}: {} has {newest}", counts.display());
-                (*counts != name).then(reason)
+                (**counts != *name).then(reason)
             }),
             None => None,
         };
