@@ -12,7 +12,7 @@ use super::{PATIENCE, PROTOCOL, Question, REPLY_MAX, Reply, Request};
 pub enum AskError {
     /// No socket, or nobody behind it.
     #[error(
-        "no daemon answers at {}: is ringmail running? See `systemctl status ringmail`, or `kubectl -n kube-flannel \
+        "no daemon answers at {}: is ringmail running? See `systemctl status ringmail`, or `kubectl -n kube-system \
          logs` of this node's pod; if it runs with another folder, give it as --run-dir", .0.display()
     )]
     NoDaemon(PathBuf),

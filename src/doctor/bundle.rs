@@ -133,7 +133,7 @@ fn readme(facts: &Facts) -> String {
          \n\
          No key, PSK, Secret, password or environment variable is in it. Names and addresses of nodes are.\n\
          The log is not in it, since it lies with the service manager. To send it too:\n\
-         journalctl -u ringmail --since -1h > ringmail.log, or kubectl -n kube-flannel logs POD > ringmail.log\n",
+         journalctl -u ringmail --since -1h > ringmail.log, or kubectl -n kube-system logs POD > ringmail.log\n",
         facts.version, facts.now, facts.watched
     )
 }
