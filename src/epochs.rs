@@ -136,9 +136,13 @@ pub struct Pair {
 impl Pair {
     /// A pair that knows `own`, our live epochs, and what an earlier process left.
     pub fn new(own: impl IntoIterator<Item = Epoch>, inherited: Inherited) -> Self {
+        let mut own: Vec<_> = own.into_iter().collect::<BTreeSet<_>>().into_iter().collect();
+        own.shrink_to_fit();
         Self {
-            own: own.into_iter().collect::<BTreeSet<_>>().into_iter().collect(),
+            own,
             // One of each nearly always: left to itself, a list makes room for four.
+            held: Vec::with_capacity(1),
+            confirmed: Vec::with_capacity(1),
             inbound: LiteMap::with_capacity(1),
             outbound: LiteMap::with_capacity(1),
             inherited,
