@@ -218,6 +218,11 @@ class Node(Place):
         """What `ringmail status --json` says, whatever its exit code."""
         return json.loads(self.ringmail("status", "--json", check=False).stdout)
 
+    def problems(self):
+        """What `status` names as wrong with the node, but for what the guard has dropped: a test that forges packets, or turns
+        encryption on under traffic, leaves that count behind."""
+        return [text for text in self.status()["problems"] if not text.startswith("the guard has dropped")]
+
     def peers(self, state):
         """The names of the peers that `status` shows in a state: up, moving, kept, waiting, refused."""
         return {peer["node"] for peer in self.status()["peers"] if peer["state"] == state}

@@ -126,8 +126,9 @@ class Running:
 
         def each():
             for number in numbers:
+                problems = self.lab.node(number).problems()
+                assert not problems, problems
                 status = self.status(number)
-                assert not status["problems"], status["problems"]
                 assert self.ups(number) >= numbers - {number}, status["peers"]
             return True
 

@@ -262,7 +262,7 @@ def a_minute_without_the_server(lab, kube, pods, secret, keys):
         mount(secret, ("1", keys[0]), ("2", keys[1]))
         for node, epoch in zip(lab.nodes, epochs):
             eventually(f"{node} has both keys", lambda: kids(node) == 2 and node.status()["epoch"] > epoch, 40)  # noqa: B023
-        well = lambda: all(not node.status()["problems"] for node in lab.nodes)  # noqa: E731
+        well = lambda: all(not node.problems() for node in lab.nodes)  # noqa: E731
         eventually("nothing is wrong", well, 40)
         lab.meshed(timeout=40)
     assert not out.result.lost and not back.result.lost, f"{out.result}, {back.result}"

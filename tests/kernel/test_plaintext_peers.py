@@ -52,7 +52,7 @@ class Mesh:
         eventually(f"node {number} has {states}", lambda: self.states(number) == states, timeout)
 
     def problems(self, number):
-        return self.lab.node(number).status()["problems"]
+        return self.lab.node(number).problems()
 
 
 def note(what, flow):
