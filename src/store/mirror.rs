@@ -50,12 +50,15 @@ enum Entry {
     },
 }
 
+/// Files that name one node, each with its revision; one nearly always.
+type Claims = SmallVec<[(u64, Arc<OsStr>); 1]>;
+
 /// What the files say.
 #[derive(Debug, Default)]
 pub(super) struct Mirror {
     files: BTreeMap<Arc<OsStr>, Entry>,
     /// Every file that names a node, in the order of revisions: the last one counts.
-    claims: BTreeMap<NodeName, SmallVec<[(u64, Arc<OsStr>); 1]>>,
+    claims: BTreeMap<NodeName, Claims>,
     /// What `status` says of files that don't count.
     notes: BTreeMap<OsString, String>,
     notes_changed: bool,
