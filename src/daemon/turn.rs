@@ -431,7 +431,9 @@ impl Turn {
     /// Has memory put in order after work that went through all peers, where these are many.
     pub(super) fn tidy_soon(&mut self) {
         if self.inputs.roster.borrow().leases().nth(MANY).is_some() {
-            self.tidy.0 = Some(self.now() + REST);
+            let due = self.now() + REST;
+            // Who asks again and again does not put it off.
+            self.tidy.0.get_or_insert(due);
         }
     }
 
