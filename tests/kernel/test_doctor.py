@@ -589,7 +589,7 @@ def test_a_bundle_holds_what_is_asked_for_and_neither_the_psk_nor_a_key(mesh):
 def test_clocks_that_disagree_are_named(mesh):
     """Last: the clock is right from here on."""
     if not GUEST:
-        return
+        pytest.skip("this machine's own clock is left alone: RINGMAIL_KERNEL=uml shows it")
     set_clock(3600)
     mesh.lab.node(2).ringmail("rotate")
     mesh.in_order(1, 2)
