@@ -286,18 +286,6 @@ fn kernel(families: &mut Families<'_>, measures: &Measures) -> fmt::Result {
     families.counted("ringmail_plaintext_dropped_packets", help, "way", series)
 }
 
-/// A peer's state as the label has it.
-fn state(state: State) -> &'static str {
-    match state {
-        State::Up => "up",
-        State::Moving => "moving",
-        State::Kept => "kept",
-        State::Waiting => "waiting",
-        State::Plain => "plain",
-        State::Refused => "refused",
-    }
-}
-
 const STATES: [State; 6] = [
     State::Up,
     State::Moving,
@@ -308,7 +296,7 @@ const STATES: [State; 6] = [
 ];
 
 fn mesh(families: &mut Families<'_>, report: &Report) -> fmt::Result {
-    let labels = STATES.map(|one| [("state", state(one))]);
+    let labels = STATES.map(|one| [("state", one.word())]);
     let count = |state| report.peers.iter().filter(|peer| peer.state == state).count() as f64;
     let series: Vec<(Labels<'_>, f64)> = labels
         .iter()

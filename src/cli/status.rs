@@ -308,23 +308,12 @@ pub(super) fn summary(peers: &[PeerReport]) -> String {
     }
     let counts: Vec<String> = by_state
         .iter()
-        .map(|(state, n)| format!("{n} {}", word(*state)))
+        .map(|(state, n)| format!("{n} {}", state.word()))
         .collect();
     if counts.is_empty() {
         "none".into()
     } else {
         counts.join(", ")
-    }
-}
-
-pub(super) fn word(state: State) -> &'static str {
-    match state {
-        State::Up => "up",
-        State::Moving => "moving",
-        State::Kept => "kept",
-        State::Waiting => "waiting",
-        State::Plain => "plain",
-        State::Refused => "refused",
     }
 }
 
@@ -353,7 +342,7 @@ fn rows(peer: &PeerReport, table: &mut Table) {
         plain(peer.node.clone()),
         plain(subnets.next().cloned().unwrap_or_else(|| "-".into())),
         plain(peer.address.clone()),
-        (word(peer.state).to_owned(), tone),
+        (peer.state.word().to_owned(), tone),
         plain(heard),
         amount(peer.bytes_out),
         amount(peer.bytes_in),

@@ -105,6 +105,20 @@ pub enum State {
     Refused,
 }
 
+impl State {
+    /// Its name, as JSON has it too.
+    pub fn word(self) -> &'static str {
+        match self {
+            Self::Up => "up",
+            Self::Moving => "moving",
+            Self::Kept => "kept",
+            Self::Waiting => "waiting",
+            Self::Plain => "plain",
+            Self::Refused => "refused",
+        }
+    }
+}
+
 /// One peer.
 #[derive(Clone, Debug, Deserialize, PartialEq, Serialize)]
 pub struct PeerReport {

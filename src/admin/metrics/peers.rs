@@ -8,7 +8,7 @@ use prometheus_client::metrics::counter::ConstCounter;
 use prometheus_client::metrics::gauge::ConstGauge;
 use prometheus_client::registry::Unit;
 
-use super::{Families, Measures, state};
+use super::{Families, Measures};
 use crate::node::Carried;
 use crate::node::report::PeerReport;
 
@@ -19,7 +19,7 @@ pub(super) fn each(families: &mut Families<'_>, measures: &Measures) -> fmt::Res
         .0
         .encode_descriptor("ringmail_peer_state", help, None, MetricType::Gauge)?;
     for peer in peers {
-        let labels = [("peer", peer.node.as_str()), ("state", state(peer.state))];
+        let labels = [("peer", peer.node.as_str()), ("state", peer.state.word())];
         ConstGauge::new(1.0).encode(family.encode_family(&labels)?)?;
     }
     carried(families, measures)?;

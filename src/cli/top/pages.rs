@@ -80,7 +80,7 @@ fn peer_page(model: &Model, peer: &PeerReport, rate: Option<Rate>, width: u16) -
     let plain = |label, text: String| (label, text, Tone::Plain);
     let mut all = vec![
         plain("peer", peer.node.clone()),
-        ("state", status::word(peer.state).to_owned(), status::tone(peer.state)),
+        ("state", peer.state.word().to_owned(), status::tone(peer.state)),
     ];
     if let Some(reason) = &peer.reason {
         all.push(("why", reason.clone(), status::tone(peer.state)));

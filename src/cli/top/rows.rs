@@ -161,7 +161,7 @@ impl Only {
         match self {
             Self::All => "",
             Self::Unwell => "not well",
-            Self::State(state) => status::word(state),
+            Self::State(state) => state.word(),
         }
     }
 
