@@ -407,6 +407,9 @@ pub trait Datapath {
     /// Whether the kernel answers: the smallest of requests.
     fn answers(&mut self) -> Result<(), WriteError>;
 
+    /// How many packets an SA has carried; `None` where the kernel does not have it or does not tell.
+    fn carried(&mut self, id: &SaId) -> Option<u64>;
+
     /// The counters of our SAs, by id: a dump of all SAs.
     fn counters(&mut self) -> Result<BTreeMap<SaId, Counters>, WriteError>;
 }

@@ -24,6 +24,7 @@ use crate::histogram::Histogram;
 use crate::kernel::{Objects, Scope};
 use crate::lease::{Lease, NodeName, Subnets};
 use crate::packed::pack;
+use crate::probe::arrivals::Arrivals;
 use crate::probe::loss::Record;
 use crate::probe::size::Sizes;
 use crate::probe::{self, Schedule};
@@ -120,11 +121,20 @@ struct Peer {
     round_trip: Option<Duration>,
     /// Of the questions that went as our data does.
     record: Record,
+    arrivals: Arrivals,
     sizes: Sizes,
     trouble: Option<String>,
 }
 
+/// So many of the last questions to a peer without an answer are a loss to look after; one is chance.
+const FEW: u32 = 2;
+
 impl Peer {
+    /// Whether its answers have come of late. While they have not it is asked often: what was lost is soon history, or news.
+    fn answers(&self) -> bool {
+        self.record.lost().0 < FEW
+    }
+
     /// Whether the kernel has a generation's SA on any carrier.
     fn has_made(&self, generation: Generation, way: Way) -> bool {
         self.made.iter().any(|(g, w, _)| (*g, *w) == (generation, way))
@@ -215,6 +225,8 @@ pub struct Node {
     ticket: u64,
     /// The round trips of all answered probes, seconds.
     answered: Histogram,
+    /// Questions that were left out.
+    left_out: u64,
     tidied: Duration,
     dirty: BTreeSet<Scope>,
 }
@@ -240,6 +252,7 @@ impl Node {
             open: plain::Leased::of(left),
             ticket: 0,
             answered: Histogram::new(probes::ROUND_TRIPS),
+            left_out: 0,
             tidied: Duration::ZERO,
             dirty: BTreeSet::from([Scope::Node]),
         };
@@ -445,6 +458,7 @@ impl Node {
                 asked: LiteMap::with_capacity(1),
                 round_trip: None,
                 record: Record::default(),
+                arrivals: Arrivals::default(),
                 sizes: Sizes::default(),
                 trouble: None,
             };

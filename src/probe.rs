@@ -13,8 +13,9 @@ use std::time::Duration;
 
 use keys::{Carrier, Epoch, ProbeKey};
 
-use crate::epochs::Generation;
+use crate::epochs::{Generation, SILENCE};
 
+pub mod arrivals;
 pub mod loss;
 pub mod size;
 
@@ -126,6 +127,17 @@ const PART: u32 = 4;
 const LONGEST: Duration = Duration::from_secs(60);
 /// Between two probes while both ends are settled. A NAT on the way keeps its mapping meanwhile (RFC 3948 section 4: 20 s).
 pub const SETTLED: Duration = Duration::from_secs(15);
+/// A node asks its settled peers at most one question in this time, all together, where no NAT is to be kept open.
+const SHARE: Duration = Duration::from_millis(20);
+/// The longest rest: no peer that answers counts as silent.
+const LONGEST_REST: Duration = Duration::from_secs(SILENCE.as_secs() / 2);
+
+/// How long to rest after an answer, among `peers` peers that are reached by plain ESP alone.
+pub fn rest(peers: usize) -> Duration {
+    SHARE
+        .saturating_mul(u32::try_from(peers).unwrap_or(u32::MAX))
+        .clamp(SETTLED, LONGEST_REST)
+}
 
 impl Schedule {
     /// Due at `now`.
@@ -141,6 +153,19 @@ impl Schedule {
     /// When the next probe is due.
     pub fn due(&self) -> Duration {
         self.due
+    }
+
+    /// Whether all was settled when the last probe was sent, and nothing has woken it since.
+    pub fn rests(&self) -> bool {
+        self.resting
+    }
+
+    /// The peer answered while all is settled: the next probe is due after `rest` in place of [`SETTLED`].
+    pub fn answered(&mut self, rest: Duration) {
+        if self.resting {
+            let wait = self.due.saturating_sub(self.since);
+            self.due = self.since + wait.mul_f64(rest.div_duration_f64(SETTLED));
+        }
     }
 
     /// Due at `now`, if it rests while all is well.

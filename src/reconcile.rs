@@ -243,6 +243,12 @@ impl<D: Datapath> Reconciler<D> {
         counters.unwrap_or_default()
     }
 
+    /// Does what is due in the node ([`Node::tick`]); the kernel tells what came from a peer.
+    pub fn tick(&mut self, now: Duration, jitter: &mut dyn FnMut() -> f64) -> Vec<Datagram> {
+        let Self { node, kernel, .. } = self;
+        node.tick(now, jitter, &mut |id| kernel.carried(id))
+    }
+
     /// How the node and its peers stand at `now`, and how near its SAs are to their limits, with what they carried taken
     /// into `traffic`. One dump. `opened` is when `traffic` was new, seconds since 1970.
     pub fn read(&mut self, traffic: &mut Traffic, opened: u64, now: Duration) -> (Report, Option<Headroom>) {

@@ -55,6 +55,8 @@ pub struct Measures {
     pub rotations: Rotations,
     /// How many probes asked for an answer.
     pub probes: u64,
+    /// How many did not, because data proved the peer.
+    pub probes_left_out: u64,
     /// The round trips of those that were answered, seconds.
     pub round_trips: Histogram,
     /// What was carried, by peer.
@@ -420,6 +422,13 @@ fn probes(families: &mut Families<'_>, measures: &Measures) -> fmt::Result {
         "Of those, which were answered",
         None,
         &[(&[], answered)],
+    )?;
+    let help = "Probes that were not sent, because data from the peer proved it";
+    families.counter(
+        "ringmail_probes_left_out",
+        help,
+        None,
+        &[(&[], measures.probes_left_out)],
     )?;
     let help = "Round trips of the answered probes, through the tunnels";
     families.histogram("ringmail_probe_round_trip", help, &measures.round_trips)

@@ -143,6 +143,7 @@ fn measure(turn: &mut Turn) -> Measures {
         passes: turn.books.passes.clone(),
         rotations: turn.books.rotations.clone(),
         probes: turn.books.probes,
+        probes_left_out: node.left_out(),
         round_trips: node.round_trips().clone(),
         traffic: turn.books.traffic.peers().clone(),
         carried: turn.books.traffic.all(),

@@ -412,7 +412,8 @@ impl Turn {
             f64::from(u16::from_be_bytes(bytes)) / 65536.0
         };
         let answers = std::mem::take(&mut self.answers);
-        let questions = self.reconciler.node.tick(self.now(), jitter);
+        let now = self.now();
+        let questions = self.reconciler.tick(now, jitter);
         self.pass(self.now());
         for datagram in &answers {
             self.send(datagram);

@@ -258,6 +258,10 @@ impl Datapath for Netlink {
         ipsec::answers(&mut self.xfrm)
     }
 
+    fn carried(&mut self, id: &SaId) -> Option<u64> {
+        Some(self.xfrm.get_sa(id).ok()??.packets)
+    }
+
     fn counters(&mut self) -> Result<BTreeMap<SaId, Counters>, WriteError> {
         ipsec::counters(&mut self.xfrm)
     }

@@ -5,14 +5,16 @@ use std::net::IpAddr;
 use std::time::Duration;
 
 use keys::{Carrier, Epoch};
+use xfrm::SaId;
 
 use super::{Datagram, Node, Peer, Way};
+use crate::backend::ipsec;
 use crate::carrier;
 use crate::epochs::Generation;
 use crate::histogram::Histogram;
 use crate::kernel::Scope;
 use crate::lease::NodeName;
-use crate::probe::{Probe, SETTLED, Schedule};
+use crate::probe::{self, Probe, SETTLED, Schedule};
 
 /// How often own epochs are looked through for what can be wiped.
 const TIDY: Duration = Duration::from_secs(5);
@@ -26,6 +28,11 @@ impl Node {
         &self.answered
     }
 
+    /// How many questions were left out, because data that came proved the peer.
+    pub fn left_out(&self) -> u64 {
+        self.left_out
+    }
+
     /// A datagram came from `from` to the probe port. Returns the answers, where one is due: on every carrier that is
     /// open, so that a question's carrier is judged by the way there alone.
     pub fn probed(&mut self, from: IpAddr, bytes: &[u8], now: Duration) -> Vec<Datagram> {
@@ -37,8 +44,9 @@ impl Node {
         };
         let before = (peer.pair.data(), peer.pair.said(), peer.pair.probe());
         peer.pair.probed(probe.sent, probe.data, now);
+        peer.arrivals.probe();
         let asked = peer.asked.iter().find(|(_, (ticket, ..))| *ticket == probe.ticket);
-        let mut change = None;
+        let (answers, mut change) = (asked.is_some(), None);
         if !probe.ask {
             peer.record.answer(probe.ticket);
         }
@@ -55,6 +63,9 @@ impl Node {
         self.diverted(&name, change, now);
         if !probe.ask {
             self.sized(&name, |sizes| sizes.answered(probe.ticket, now));
+            if answers {
+                self.relax(&name);
+            }
         }
         let Some(peer) = self.peers.get(&name) else {
             return Vec::new();
@@ -162,8 +173,14 @@ impl Node {
         each.into_iter().flatten().min().map(|at| at.max(now))
     }
 
-    /// Does what is due: drops what has drained and returns the probes to send. `jitter` yields numbers in 0..1.
-    pub fn tick(&mut self, now: Duration, jitter: &mut dyn FnMut() -> f64) -> Vec<Datagram> {
+    /// Does what is due: drops what has drained and returns the probes to send. `jitter` yields numbers in 0..1; `carried`
+    /// knows how many packets the kernel counts on an SA, or nothing.
+    pub fn tick(
+        &mut self,
+        now: Duration,
+        jitter: &mut dyn FnMut() -> f64,
+        carried: &mut dyn FnMut(&SaId) -> Option<u64>,
+    ) -> Vec<Datagram> {
         let mut datagrams = Vec::new();
         while let Some((due, name)) = self.due.first().cloned() {
             if due > now {
@@ -183,7 +200,9 @@ impl Node {
                 self.dirty.insert(Scope::Peer(name.clone()));
             }
             self.diverge(&name, now);
-            self.ask(&name, now, jitter, &mut datagrams);
+            if !self.is_proved(&name, now, jitter, carried) {
+                self.ask(&name, now, jitter, &mut datagrams);
+            }
             self.ask_sizes(&name, now, jitter, &mut datagrams);
             self.forget_keys(&name);
             self.retimed(&name, |_| {});
@@ -213,6 +232,69 @@ impl Node {
             .get(name)
             .and_then(|peer| Some(self.open(peer, peer.pair.newest()?)));
         open.is_some_and(|open| open.len() > 1)
+    }
+
+    /// Whether all is settled with a peer that is reached by plain ESP alone, so that its answers prove no carrier, keep no
+    /// NAT open and do not stand for its lease.
+    fn is_plain(&self, name: &NodeName) -> bool {
+        self.peers.get(name).is_some_and(|peer| {
+            let open = peer.pair.newest().map(|newest| self.open(peer, newest));
+            let stored = self.known.get(name).is_some_and(|known| known.vanished.is_none());
+            stored && peer.pair.settled() && open == Some(&[Carrier::Esp])
+        })
+    }
+
+    /// A peer has answered: where all is well it may rest for as long as the number of peers asks for.
+    fn relax(&mut self, name: &NodeName) {
+        if self.is_plain(name) {
+            let rest = probe::rest(self.peers.len());
+            self.retimed(name, |peer| {
+                if peer.answers() {
+                    peer.schedule.answered(rest);
+                }
+            });
+        }
+    }
+
+    /// Looks whether data came from a peer that is to be asked now; true where that proves so much of it that the question
+    /// is left out.
+    fn is_proved(
+        &mut self,
+        name: &NodeName,
+        now: Duration,
+        jitter: &mut dyn FnMut() -> f64,
+        carried: &mut dyn FnMut(&SaId) -> Option<u64>,
+    ) -> bool {
+        let Some(peer) = self.peers.get(name) else { return false };
+        if peer.schedule.due() > now || !peer.schedule.rests() || !self.is_plain(name) {
+            return false;
+        }
+        let id = peer.pair.said().and_then(|said| {
+            let path = self.path(peer, said.reverse(), Carrier::Esp)?;
+            Some(SaId {
+                dst: path.local,
+                spi: ipsec::spi(peer.slot, said, Carrier::Esp).0,
+            })
+        });
+        let Some((id, packets)) = id.and_then(|id| Some((id, carried(&id)?))) else {
+            return false;
+        };
+        let rest = probe::rest(self.peers.len());
+        let Some(peer) = self.peers.get_mut(name) else {
+            return false;
+        };
+        let came = peer.arrivals.look(id.spi, packets);
+        if came {
+            peer.pair.heard_at(now);
+        }
+        let proved = came && peer.answers() && peer.arrivals.leave_out();
+        if proved {
+            peer.schedule.sent(now, Some(rest), jitter());
+            self.left_out += 1;
+        } else {
+            peer.arrivals.asked();
+        }
+        proved
     }
 
     /// Asks a peer, if that is due.

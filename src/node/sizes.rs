@@ -4,7 +4,7 @@ use std::time::Duration;
 
 use super::{Datagram, Node, Peer};
 use crate::lease::NodeName;
-use crate::probe::size::{Round, Sizes};
+use crate::probe::size::{self, Round, Sizes};
 use crate::probe::{LEN, SETTLED};
 
 /// After a new generation all peers are asked within so much for each of them.
@@ -36,6 +36,7 @@ impl Node {
             return;
         };
         let (data, full, unsure) = (self.data(peer), self.full_size(peer), self.unsure(name));
+        let rest = size::rest(self.peers.len());
         let peers = u32::try_from(self.peers.len()).unwrap_or(u32::MAX);
         let other = self.ticket();
         let Some(peer) = self.peers.get_mut(name) else { return };
@@ -57,7 +58,9 @@ impl Node {
         let mut round = None;
         self.sized(name, |sizes| {
             let mut tickets = tickets.into_iter();
-            round = sizes.round(now, lost, round_trip, jitter(), || tickets.next().unwrap_or_default());
+            round = sizes.round(now, rest, lost, round_trip, jitter(), || {
+                tickets.next().unwrap_or_default()
+            });
         });
         let Some(Round { size, ticket, small }) = round else {
             return;

@@ -19,6 +19,8 @@ use crate::epochs::Generation;
 
 /// Between two questions of full size while it passes.
 const EVERY: Duration = Duration::from_secs(300);
+/// A node asks its peers at most one such question in this time, all together.
+const SHARE: Duration = Duration::from_millis(120);
 /// Between two questions of full size while it does not pass.
 const MENDED: Duration = Duration::from_secs(30);
 /// An answer may take this long, or three times the usual round trip.
@@ -72,6 +74,13 @@ pub struct Sizes {
     due: Duration,
 }
 
+/// How long to rest between two questions of full size to one of `peers` peers, while it passes.
+pub fn rest(peers: usize) -> Duration {
+    SHARE
+        .saturating_mul(u32::try_from(peers).unwrap_or(u32::MAX))
+        .max(EVERY)
+}
+
 impl Sizes {
     /// Whether it is about full size `full` and data on `on`.
     pub fn is_about(&self, on: (Generation, Carrier), full: u16) -> bool {
@@ -117,11 +126,12 @@ impl Sizes {
         (self.sent, self.due) = (None, at);
     }
 
-    /// What is to be sent at `now`, if anything is due. `lost` of the last small questions got no answer, `round_trip` is
+    /// What is to be sent at `now`, if anything is due; nothing for `rest` while it passes. `lost` of the last small questions got no answer, `round_trip` is
     /// the usual one, `jitter` in 0..1 shortens the next wait by up to a quarter, `ticket` yields numbers.
     pub fn round(
         &mut self,
         now: Duration,
+        rest: Duration,
         lost: u32,
         round_trip: Duration,
         jitter: f64,
@@ -145,7 +155,7 @@ impl Sizes {
             small_answered: false,
         }));
         // Where nothing else is decided on the way.
-        self.due = wait(if self.between.is_some() { MENDED } else { EVERY });
+        self.due = wait(if self.between.is_some() { MENDED } else { rest });
         Some(round)
     }
 
@@ -289,7 +299,7 @@ mod tests {
                     *tickets
                 };
                 let lost = u32::try_from(self.loses / 5).expect("few");
-                let Some(round) = self.sizes.round(self.now, lost, Duration::ZERO, 0.5, ticket) else {
+                let Some(round) = self.sizes.round(self.now, EVERY, lost, Duration::ZERO, 0.5, ticket) else {
                     continue;
                 };
                 assert!((LEAST..=FULL).contains(&round.size));

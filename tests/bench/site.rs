@@ -198,7 +198,7 @@ impl Site {
                 jitter
             };
             let began = Instant::now();
-            let mut out = self.reconciler.node.tick(self.now, &mut next);
+            let mut out = self.reconciler.tick(self.now, &mut next);
             rest.decide += began.elapsed();
             for question in out.clone() {
                 let (peer, key) = by_base.get(&question.to).context("one of the peers")?;
@@ -322,7 +322,7 @@ impl Site {
     /// Lets time-driven work happen and answers the questions that go to `peers`. Writes nothing.
     fn settle(&mut self, mesh: &Mesh, peers: &[Peer]) -> Result<()> {
         for _ in 0..2 {
-            let asked = self.reconciler.node.tick(self.now, &mut || 0.0);
+            let asked = self.reconciler.tick(self.now, &mut || 0.0);
             for peer in peers {
                 let base = peer.base()?;
                 for question in asked.iter().filter(|datagram| datagram.to == base) {

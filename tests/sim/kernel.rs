@@ -67,6 +67,8 @@ pub(crate) struct Machine {
     pub(crate) dumps: usize,
     /// How often it was asked whether it answers.
     pub(crate) questions: usize,
+    /// The packets that came on each receiving SA.
+    pub(crate) carried: BTreeMap<SaId, u64>,
     pub(crate) notices: Vec<Event>,
     /// Whether it says that a receiving SA is there before it is.
     pub(crate) tardy: bool,
@@ -115,6 +117,11 @@ impl SimKernel {
         let mut machine = self.machine.borrow_mut();
         machine.scene.take();
         change(&mut machine)
+    }
+
+    /// A packet came on a receiving SA.
+    pub(crate) fn carry(&self, id: SaId) {
+        *self.machine.borrow_mut().carried.entry(id).or_default() += 1;
     }
 
     /// What the process hears when it next listens.
@@ -386,6 +393,10 @@ impl Datapath for SimKernel {
     fn answers(&mut self) -> Result<(), WriteError> {
         self.machine.borrow_mut().questions += 1;
         Ok(())
+    }
+
+    fn carried(&mut self, id: &SaId) -> Option<u64> {
+        self.machine.borrow().carried.get(id).copied()
     }
 
     fn counters(&mut self) -> Result<BTreeMap<SaId, Counters>, WriteError> {

@@ -383,7 +383,7 @@ impl Mesh {
             member.restored = false;
         }
         let mut datagrams = std::mem::take(&mut process.answers);
-        datagrams.extend(process.reconciler.node.tick(clock, &mut || 0.5));
+        datagrams.extend(process.reconciler.tick(clock, &mut || 0.5));
         process.reconciler.pass(clock);
         // Where the kernel could not be read nothing was written, and so nothing failed.
         let stale = process.reconciler.is_stale();
@@ -476,6 +476,7 @@ impl Mesh {
         if read_by(&self.views.borrow()[y], &flight.sa, &flight.key, flight.packet).is_err() {
             return;
         }
+        self.members[y].kernel.carry(flight.sa.id());
         self.twist(y, flight.packet.src, &mut flight.bytes);
         let now = self.now;
         if let Some(process) = &mut self.members[y].process {

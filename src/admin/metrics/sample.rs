@@ -76,6 +76,7 @@ pub(crate) fn measures() -> Measures {
         passes: seen(&[0.001, 0.1], &[0.0005, 0.002, 0.05, 3.0]),
         rotations,
         probes: 100,
+        probes_left_out: 50,
         round_trips: seen(&[0.001, 0.01], &[0.0005, 0.002]),
         traffic: [(node("node-b"), carried)].into(),
         carried,

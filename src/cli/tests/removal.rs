@@ -37,6 +37,10 @@ impl crate::kernel::Datapath for Stubborn {
         Ok(())
     }
 
+    fn carried(&mut self, _: &xfrm::SaId) -> Option<u64> {
+        None
+    }
+
     fn counters(&mut self) -> Result<std::collections::BTreeMap<xfrm::SaId, crate::kernel::Counters>, WriteError> {
         Ok(Default::default())
     }

@@ -1,0 +1,76 @@
+//! Whether what comes from a peer by itself shows that it is there and has the keys: then a question can be left out.
+//!
+//! What came through the peer's newest SA was sealed with a key that only it has. It says nothing of the way there; the peer
+//! sees that one, and asks where nothing comes. So every fourth question is sent in any case, for the round trip as well.
+
+/// So many questions in a row are left out at most.
+const MOST: u8 = 3;
+
+/// What has come from one peer, as far as it was looked at.
+#[derive(Clone, Copy, Debug, Default)]
+pub struct Arrivals {
+    /// The SPI of the SA that it came on; 0 for none yet.
+    spi: u32,
+    /// The packets on it at the last look, modulo 2³².
+    packets: u32,
+    /// How many probes have come since.
+    probes: u32,
+    /// How many questions in a row were left out.
+    left_out: u8,
+}
+
+impl Arrivals {
+    /// A probe came.
+    pub fn probe(&mut self) {
+        self.probes = self.probes.saturating_add(1);
+    }
+
+    /// Looks at how many `packets` the inbound SA `spi` has carried by now: whether more came since the last look than probes.
+    pub fn look(&mut self, spi: u32, packets: u64) -> bool {
+        let packets = packets as u32;
+        let came = self.spi == spi && packets.wrapping_sub(self.packets) > self.probes;
+        (self.spi, self.packets, self.probes) = (spi, packets, 0);
+        came
+    }
+
+    /// A question may be left out, as far as those before it are concerned. True where it is.
+    pub fn leave_out(&mut self) -> bool {
+        let leaves = self.left_out < MOST;
+        self.left_out += u8::from(leaves);
+        leaves
+    }
+
+    /// A question is sent.
+    pub fn asked(&mut self) {
+        self.left_out = 0;
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn data_proves_a_peer_and_its_probes_do_not() {
+        let mut arrivals = Arrivals::default();
+        assert!(!arrivals.look(7, 1000), "nothing is known of what came before");
+        assert!(!arrivals.look(7, 1000), "nothing came");
+        arrivals.probe();
+        arrivals.probe();
+        assert!(!arrivals.look(7, 1002), "two probes");
+        arrivals.probe();
+        assert!(arrivals.look(7, 1004), "a probe and a packet of data");
+        assert!(!arrivals.look(8, 5000), "another SA");
+        assert!(arrivals.look(8, u64::from(u32::MAX)));
+        assert!(arrivals.look(8, u64::from(u32::MAX) + 1), "the count passes 2³²");
+    }
+
+    #[test]
+    fn no_more_than_three_questions_in_a_row_are_left_out() {
+        let mut arrivals = Arrivals::default();
+        for _ in 0..3 {
+            assert_eq!([(); 5].map(|()| arrivals.leave_out()), [true, true, true, false, false]);
+            arrivals.asked();
+        }
+    }
+}
