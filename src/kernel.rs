@@ -407,8 +407,8 @@ pub trait Datapath {
     /// Whether the kernel answers: the smallest of requests.
     fn answers(&mut self) -> Result<(), WriteError>;
 
-    /// How many packets an SA has carried; `None` where the kernel does not have it or does not tell.
-    fn carried(&mut self, id: &SaId) -> Option<u64>;
+    /// How many packets each of our SAs has carried: a dump of all SAs, of which little is kept.
+    fn carried(&mut self) -> Result<Vec<(SaId, u64)>, WriteError>;
 
     /// The counters of our SAs, by id: a dump of all SAs.
     fn counters(&mut self) -> Result<BTreeMap<SaId, Counters>, WriteError>;

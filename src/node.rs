@@ -227,6 +227,8 @@ pub struct Node {
     answered: Histogram,
     /// Questions that were left out.
     left_out: u64,
+    /// When it was last told what the kernel counts.
+    looked: Duration,
     tidied: Duration,
     dirty: BTreeSet<Scope>,
 }
@@ -253,6 +255,7 @@ impl Node {
             ticket: 0,
             answered: Histogram::new(probes::ROUND_TRIPS),
             left_out: 0,
+            looked: Duration::ZERO,
             tidied: Duration::ZERO,
             dirty: BTreeSet::from([Scope::Node]),
         };

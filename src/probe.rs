@@ -128,7 +128,7 @@ const LONGEST: Duration = Duration::from_secs(60);
 /// Between two probes while both ends are settled. A NAT on the way keeps its mapping meanwhile (RFC 3948 section 4: 20 s).
 pub const SETTLED: Duration = Duration::from_secs(15);
 /// A node asks its settled peers at most one question in this time, all together, where no NAT is to be kept open.
-const SHARE: Duration = Duration::from_millis(20);
+const SHARE: Duration = Duration::from_millis(25);
 /// The longest rest: no peer that answers counts as silent.
 const LONGEST_REST: Duration = Duration::from_secs(SILENCE.as_secs() / 2);
 

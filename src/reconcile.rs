@@ -223,7 +223,12 @@ impl<D: Datapath> Reconciler<D> {
     /// The counters of our SAs: one dump.
     pub fn counters(&mut self) -> BTreeMap<SaId, Counters> {
         let counters = self.kernel.counters();
-        let error = counters.as_ref().err().map(ToString::to_string);
+        self.counted(counters)
+    }
+
+    /// What was counted; logs that it can't be read, or can be again.
+    fn counted<T: Default>(&mut self, counted: Result<T, WriteError>) -> T {
+        let error = counted.as_ref().err().map(ToString::to_string);
         match self.said.counters.came(error.as_deref(), repeats::now()) {
             Came::Unchanged => {}
             Came::Failed(error, told) => {
@@ -240,13 +245,20 @@ impl<D: Datapath> Reconciler<D> {
                 "the SAs' counters can be read again"
             ),
         }
-        counters.unwrap_or_default()
+        counted.unwrap_or_default()
     }
 
-    /// Does what is due in the node ([`Node::tick`]); the kernel tells what came from a peer.
+    /// Does what is due in the node ([`Node::tick`]), which is told before what the kernel counts, where it wants to know.
     pub fn tick(&mut self, now: Duration, jitter: &mut dyn FnMut() -> f64) -> Vec<Datagram> {
-        let Self { node, kernel, .. } = self;
-        node.tick(now, jitter, &mut |id| kernel.carried(id))
+        if self.node.looks(now) {
+            let carried = self.kernel.carried();
+            for (id, packets) in self.counted(carried) {
+                if let Some(Scope::Peer(name)) = self.ledger.owner(&Key::Sa(id)) {
+                    self.node.carried(name, id.spi, packets, now);
+                }
+            }
+        }
+        self.node.tick(now, jitter)
     }
 
     /// How the node and its peers stand at `now`, and how near its SAs are to their limits, with what they carried taken

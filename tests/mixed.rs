@@ -293,7 +293,7 @@ fn what_is_proved_goes_before_what_a_lease_only_says() {
     node1.leased(&real.node, None, Duration::ZERO);
     assert!(wants(&node1, &forged.node).is_empty());
     node1.take_dirty();
-    node1.tick(Duration::from_secs(60), &mut || 0.5, &mut |_| None);
+    node1.tick(Duration::from_secs(60), &mut || 0.5);
     assert!(node1.take_dirty().contains(&Scope::Peer(forged.node.clone())));
     assert_eq!(open(&wants(&node1, &forged.node)), (3, 0));
     // A statement that is not believed is no lack of one.

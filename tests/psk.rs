@@ -93,7 +93,8 @@ impl One {
                 let secret = EpochSecret::generate(&SystemRandom::new()).expect("random numbers");
                 self.node.begin_epoch(Epoch(self.epochs), secret, self.now, 0.0);
             }
-            self.node.tick(self.now, &mut || 0.5, &mut |_| None);
+            self.node.looks(self.now);
+            self.node.tick(self.now, &mut || 0.5);
             let due = self.node.deadline(self.now).unwrap_or(end);
             if self.now >= end {
                 return;
@@ -534,7 +535,8 @@ fn an_epoch_ages_by_rekey_after_less_up_to_a_tenth_and_nobody_is_kept_awake() {
     for now in 54..60 {
         let idle = one.node.deadline(secs(now)).is_none_or(|due| due > secs(now));
         assert!(idle || now == 54, "awake at {now} s for nothing");
-        one.node.tick(secs(now), &mut || 0.5, &mut |_| None);
+        one.node.looks(secs(now));
+        one.node.tick(secs(now), &mut || 0.5);
     }
     assert_eq!(one.node.wants_epoch(secs(60)), Some(Cause::Aged));
 }

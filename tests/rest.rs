@@ -176,7 +176,7 @@ impl World {
 
 #[test]
 fn the_more_peers_the_longer_they_rest_and_who_does_not_answer_is_asked_soon() {
-    for (count, rest) in [(20, 15), (1500, 30)] {
+    for (count, rest) in [(20, 15), (1000, 25)] {
         let mut world = World::new(count, EncapMode::Esp);
         let sent = world.run(secs(600), |_, _| ());
         assert_eq!(sent.small.len(), count, "each is asked");
@@ -214,12 +214,12 @@ fn a_question_is_left_out_where_data_proves_the_peer_and_the_fourth_is_not() {
     let (name, id) = (world.peers[&base].0.name.clone(), world.inbound(base));
     let sent = world.run(secs(1200), |kernel, _| kernel.carry(id));
     for (peer, asked) in &sent.small {
-        let times = if *peer == name { 20..26 } else { 80..108 };
+        let times = if *peer == name { 20..36 } else { 80..108 };
         assert!(times.contains(&asked.len()), "{peer}: {}", asked.len());
     }
     assert!(sent.gap() <= secs(60) + LATE);
     let left_out = world.reconciler.node.left_out();
-    assert!((60..80).contains(&left_out), "{left_out}");
+    assert!((50..80).contains(&left_out), "{left_out}");
     let seen = world.report(&name);
     assert!(seen.heard.expect("heard") <= 15.0, "its data is heard");
     assert_eq!(seen.loss, Some(0.0));
@@ -243,7 +243,7 @@ fn the_way_there_is_asked_for_though_data_comes() {
 
 #[test]
 fn a_peer_that_lost_probes_is_asked_often_until_they_are_history() {
-    let mut world = World::new(1500, EncapMode::Esp);
+    let mut world = World::new(1000, EncapMode::Esp);
     let base = world.first();
     let (name, id) = (world.peers[&base].0.name.clone(), world.inbound(base));
     world.peers.get_mut(&base).expect("it is there").2 = false;
@@ -256,10 +256,10 @@ fn a_peer_that_lost_probes_is_asked_often_until_they_are_history() {
 
 #[test]
 fn where_a_nat_may_have_to_be_kept_open_nobody_rests_longer_nor_is_a_question_left_out() {
-    let mut world = World::new(1000, EncapMode::Udp);
+    let mut world = World::new(900, EncapMode::Udp);
     let id = world.inbound(world.first());
     let sent = world.run(secs(200), |kernel, _| kernel.carry(id));
-    assert_eq!(sent.small.len(), 1000);
+    assert_eq!(sent.small.len(), 900);
     assert!(sent.gap() <= secs(15) + LATE, "{:?}", sent.gap());
     assert_eq!(world.reconciler.node.left_out(), 0);
 }

@@ -258,8 +258,8 @@ impl Datapath for Netlink {
         ipsec::answers(&mut self.xfrm)
     }
 
-    fn carried(&mut self, id: &SaId) -> Option<u64> {
-        Some(self.xfrm.get_sa(id).ok()??.packets)
+    fn carried(&mut self) -> Result<Vec<(SaId, u64)>, WriteError> {
+        ipsec::carried(&mut self.xfrm)
     }
 
     fn counters(&mut self) -> Result<BTreeMap<SaId, Counters>, WriteError> {

@@ -5,7 +5,6 @@ use std::net::IpAddr;
 use std::time::Duration;
 
 use keys::{Carrier, Epoch};
-use xfrm::SaId;
 
 use super::{Datagram, Node, Peer, Way};
 use crate::backend::ipsec;
@@ -169,18 +168,12 @@ impl Node {
         let epoch = self.next_epoch().map(|(at, _)| at);
         let first = self.due.first().map(|(due, _)| *due);
         let tidy = (self.own.len() > 1).then_some(self.tidied + TIDY);
-        let each = [epoch, first, tidy, self.psks.deadline()];
+        let each = [epoch, first, tidy, self.look(), self.psks.deadline()];
         each.into_iter().flatten().min().map(|at| at.max(now))
     }
 
-    /// Does what is due: drops what has drained and returns the probes to send. `jitter` yields numbers in 0..1; `carried`
-    /// knows how many packets the kernel counts on an SA, or nothing.
-    pub fn tick(
-        &mut self,
-        now: Duration,
-        jitter: &mut dyn FnMut() -> f64,
-        carried: &mut dyn FnMut(&SaId) -> Option<u64>,
-    ) -> Vec<Datagram> {
+    /// Does what is due: drops what has drained and returns the probes to send. `jitter` yields numbers in 0..1.
+    pub fn tick(&mut self, now: Duration, jitter: &mut dyn FnMut() -> f64) -> Vec<Datagram> {
         let mut datagrams = Vec::new();
         while let Some((due, name)) = self.due.first().cloned() {
             if due > now {
@@ -200,9 +193,7 @@ impl Node {
                 self.dirty.insert(Scope::Peer(name.clone()));
             }
             self.diverge(&name, now);
-            if !self.is_proved(&name, now, jitter, carried) {
-                self.ask(&name, now, jitter, &mut datagrams);
-            }
+            self.ask(&name, now, jitter, &mut datagrams);
             self.ask_sizes(&name, now, jitter, &mut datagrams);
             self.forget_keys(&name);
             self.retimed(&name, |_| {});
@@ -256,45 +247,31 @@ impl Node {
         }
     }
 
-    /// Looks whether data came from a peer that is to be asked now; true where that proves so much of it that the question
-    /// is left out.
-    fn is_proved(
-        &mut self,
-        name: &NodeName,
-        now: Duration,
-        jitter: &mut dyn FnMut() -> f64,
-        carried: &mut dyn FnMut(&SaId) -> Option<u64>,
-    ) -> bool {
-        let Some(peer) = self.peers.get(name) else { return false };
-        if peer.schedule.due() > now || !peer.schedule.rests() || !self.is_plain(name) {
-            return false;
+    /// When it is next to be told what the kernel counts ([`Node::carried`]).
+    fn look(&self) -> Option<Duration> {
+        (!self.peers.is_empty()).then_some(self.looked + SETTLED)
+    }
+
+    /// Whether it is to be told now what the kernel counts.
+    pub fn looks(&mut self, now: Duration) -> bool {
+        let looks = self.look().is_some_and(|at| at <= now);
+        if looks {
+            self.looked = now;
         }
-        let id = peer.pair.said().and_then(|said| {
-            let path = self.path(peer, said.reverse(), Carrier::Esp)?;
-            Some(SaId {
-                dst: path.local,
-                spi: ipsec::spi(peer.slot, said, Carrier::Esp).0,
-            })
-        });
-        let Some((id, packets)) = id.and_then(|id| Some((id, carried(&id)?))) else {
-            return false;
-        };
-        let rest = probe::rest(self.peers.len());
-        let Some(peer) = self.peers.get_mut(name) else {
-            return false;
-        };
-        let came = peer.arrivals.look(id.spi, packets);
-        if came {
+        looks
+    }
+
+    /// The kernel counts so many `packets` on the SA `spi` of a peer's scope.
+    pub fn carried(&mut self, name: &NodeName, spi: u32, packets: u64, now: Duration) {
+        let Some(peer) = self.peers.get_mut(name) else { return };
+        let data = peer.pair.said().map(|said| ipsec::spi(peer.slot, said, Carrier::Esp).0);
+        if data == Some(spi)
+            && peer.arrivals.look(spi, packets)
+            && self.is_plain(name)
+            && let Some(peer) = self.peers.get_mut(name)
+        {
             peer.pair.heard_at(now);
         }
-        let proved = came && peer.answers() && peer.arrivals.leave_out();
-        if proved {
-            peer.schedule.sent(now, Some(rest), jitter());
-            self.left_out += 1;
-        } else {
-            peer.arrivals.asked();
-        }
-        proved
     }
 
     /// Asks a peer, if that is due.
@@ -303,6 +280,15 @@ impl Node {
         if peer.schedule.due() > now {
             return;
         }
+        if peer.schedule.rests() && peer.answers() && self.is_plain(name) {
+            let rest = probe::rest(self.peers.len());
+            let Some(peer) = self.peers.get_mut(name) else { return };
+            if peer.arrivals.leave_out() {
+                self.left_out += 1;
+                return peer.schedule.sent(now, Some(rest), jitter());
+            }
+        }
+        let Some(peer) = self.peers.get(name) else { return };
         let open = peer
             .pair
             .newest()

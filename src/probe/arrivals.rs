@@ -15,6 +15,8 @@ pub struct Arrivals {
     packets: u32,
     /// How many probes have come since.
     probes: u32,
+    /// Whether more than probes had come by the last look since the one before.
+    came: bool,
     /// How many questions in a row were left out.
     left_out: u8,
 }
@@ -28,21 +30,16 @@ impl Arrivals {
     /// Looks at how many `packets` the inbound SA `spi` has carried by now: whether more came since the last look than probes.
     pub fn look(&mut self, spi: u32, packets: u64) -> bool {
         let packets = packets as u32;
-        let came = self.spi == spi && packets.wrapping_sub(self.packets) > self.probes;
+        self.came = self.spi == spi && packets.wrapping_sub(self.packets) > self.probes;
         (self.spi, self.packets, self.probes) = (spi, packets, 0);
-        came
+        self.came
     }
 
-    /// A question may be left out, as far as those before it are concerned. True where it is.
+    /// Whether the question that is due now is left out; what one look showed is good for one.
     pub fn leave_out(&mut self) -> bool {
-        let leaves = self.left_out < MOST;
-        self.left_out += u8::from(leaves);
+        let leaves = std::mem::take(&mut self.came) && self.left_out < MOST;
+        self.left_out = if leaves { self.left_out + 1 } else { 0 };
         leaves
-    }
-
-    /// A question is sent.
-    pub fn asked(&mut self) {
-        self.left_out = 0;
     }
 }
 
@@ -58,8 +55,10 @@ mod tests {
         arrivals.probe();
         arrivals.probe();
         assert!(!arrivals.look(7, 1002), "two probes");
+        assert!(!arrivals.leave_out());
         arrivals.probe();
         assert!(arrivals.look(7, 1004), "a probe and a packet of data");
+        assert!(arrivals.leave_out());
         assert!(!arrivals.look(8, 5000), "another SA");
         assert!(arrivals.look(8, u64::from(u32::MAX)));
         assert!(arrivals.look(8, u64::from(u32::MAX) + 1), "the count passes 2³²");
@@ -68,9 +67,12 @@ mod tests {
     #[test]
     fn no_more_than_three_questions_in_a_row_are_left_out() {
         let mut arrivals = Arrivals::default();
-        for _ in 0..3 {
-            assert_eq!([(); 5].map(|()| arrivals.leave_out()), [true, true, true, false, false]);
-            arrivals.asked();
-        }
+        arrivals.look(7, 1);
+        let left_out = (2..11).map(|packets| arrivals.look(7, packets) && arrivals.leave_out());
+        assert_eq!(
+            left_out.collect::<Vec<_>>(),
+            [true, true, true, false, true, true, true, false, true]
+        );
+        assert!(!arrivals.leave_out(), "one look, one question");
     }
 }

@@ -395,8 +395,13 @@ impl Datapath for SimKernel {
         Ok(())
     }
 
-    fn carried(&mut self, id: &SaId) -> Option<u64> {
-        self.machine.borrow().carried.get(id).copied()
+    fn carried(&mut self) -> Result<Vec<(SaId, u64)>, WriteError> {
+        let machine = self.machine.borrow();
+        let sas = machine.objects.keys().filter_map(|key| match key {
+            Key::Sa(id) => Some((*id, machine.carried.get(id).copied().unwrap_or_default())),
+            _ => None,
+        });
+        Ok(sas.collect())
     }
 
     fn counters(&mut self) -> Result<BTreeMap<SaId, Counters>, WriteError> {

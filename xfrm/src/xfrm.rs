@@ -62,6 +62,20 @@ impl Xfrm {
         found.into_iter().collect()
     }
 
+    /// What `of` makes of every SA in this network namespace; those that [`crate::Sa`] cannot express are left out. For many
+    /// SAs of which little is wanted: only that is kept.
+    pub fn map_sas<T>(&mut self, mut of: impl FnMut(SaInfo) -> Option<T>) -> Result<Vec<T>, Error> {
+        let found = self.0.dump(
+            XFRM_MSG_GETSA,
+            |_| {},
+            |message| match sa::parse(&message) {
+                Ok(parsed) => parsed.known().and_then(&mut of).map(Ok),
+                Err(error) => Some(Err(error)),
+            },
+        )?;
+        found.into_iter().collect()
+    }
+
     /// Every policy in this network namespace.
     pub fn dump_policies(&mut self) -> Result<Vec<Parsed<Policy, ForeignPolicy>>, Error> {
         let found = self

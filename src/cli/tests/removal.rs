@@ -37,8 +37,8 @@ impl crate::kernel::Datapath for Stubborn {
         Ok(())
     }
 
-    fn carried(&mut self, _: &xfrm::SaId) -> Option<u64> {
-        None
+    fn carried(&mut self) -> Result<Vec<(xfrm::SaId, u64)>, WriteError> {
+        Ok(Vec::new())
     }
 
     fn counters(&mut self) -> Result<std::collections::BTreeMap<xfrm::SaId, crate::kernel::Counters>, WriteError> {

@@ -86,7 +86,6 @@ pub(super) fn answers(xfrm: &mut Xfrm) -> Result<(), WriteError> {
 
 /// What our SAs have carried. `used` is the first use where the kernel tells no later one.
 pub(super) fn counters(xfrm: &mut Xfrm) -> Result<BTreeMap<SaId, Counters>, WriteError> {
-    let ours = sas(xfrm)?.filter(|info| reqid_slot(info.sa.reqid).is_some());
     let count = |info: SaInfo| {
         let errors = [info.integrity_failed, info.replay, info.replay_window];
         let counters = Counters {
@@ -96,9 +95,16 @@ pub(super) fn counters(xfrm: &mut Xfrm) -> Result<BTreeMap<SaId, Counters>, Writ
             made: info.add_time,
             used: info.use_time,
         };
-        (info.sa.id(), counters)
+        reqid_slot(info.sa.reqid).map(|_| (info.sa.id(), counters))
     };
-    Ok(ours.map(count).collect())
+    let counters = xfrm.map_sas(count).map_err(|error| unread("the SAs", error))?;
+    Ok(counters.into_iter().collect())
+}
+
+/// How many packets our SAs have carried.
+pub(super) fn carried(xfrm: &mut Xfrm) -> Result<Vec<(SaId, u64)>, WriteError> {
+    let count = |info: SaInfo| reqid_slot(info.sa.reqid).map(|_| (info.sa.id(), info.packets));
+    xfrm.map_sas(count).map_err(|error| unread("the SAs", error))
 }
 
 fn sas(xfrm: &mut Xfrm) -> Result<impl Iterator<Item = SaInfo> + use<>, WriteError> {
