@@ -62,6 +62,11 @@ BY_COMMAND = {
             "ip xfrm policy delete dir out src 0.0.0.0/0 dst 10.244.2.128/25",
             [("policy-shadow", "ip xfrm policy delete dir out src 0.0.0.0/0 dst 10.244.2.128/25")],
         ),
+        "another program's before ours, on the way in": (
+            "ip xfrm policy add dir in src 10.244.2.128/25 dst 0.0.0.0/0 priority 100",
+            "ip xfrm policy delete dir in src 10.244.2.128/25 dst 0.0.0.0/0",
+            [("policy-shadow", "ip xfrm policy delete dir in src 10.244.2.128/25 dst 0.0.0.0/0")],
+        ),
         "another program's in the guard's place": (
             "ip xfrm policy update dir out src 0.0.0.0/0 dst 10.244.0.0/20 priority 4000000000",
             "ip xfrm policy delete dir out src 0.0.0.0/0 dst 10.244.0.0/20",
@@ -76,6 +81,11 @@ BY_COMMAND = {
             "ip route add 10.244.2.128/25 via 192.168.77.254",
             "ip route del 10.244.2.128/25",
             [("route-shadow", "ip route delete 10.244.2.128/25 via 192.168.77.254 dev eth0")],
+        ),
+        "an address of a peer's here": (
+            "ip address add 10.244.2.9/32 dev lo",
+            "ip address del 10.244.2.9/32 dev lo",
+            [("route-shadow", "ip address show to 10.244.2.9/32")],
         ),
         "another network within the Network": (
             "ip link add docker0 type dummy; ip address add 10.244.9.1/24 dev docker0; ip link set docker0 up",
@@ -130,6 +140,11 @@ BY_COMMAND = {
             " iptables-legacy -w -A OUTPUT -o eth+ -j HOST",
             "iptables-legacy -w -F HOST; iptables-legacy -w -D OUTPUT -o eth+ -j HOST; iptables-legacy -w -X HOST",
             [("filter-drops", "iptables-legacy -t filter -D HOST -d 192.168.77.2/32 -p esp -j REJECT")],
+        ),
+        "what pods receive dropped": (
+            "iptables-legacy -w -A FORWARD -d 10.244.1.0/24 -j DROP",
+            "iptables-legacy -w -D FORWARD -d 10.244.1.0/24 -j DROP",
+            [("filter-drops", "iptables-legacy -t filter -D FORWARD -d 10.244.1.0/24 -j DROP")],
         ),
         "what pods send not accepted": (
             "iptables-legacy -w -A FORWARD -s 10.9.0.0/16 -j ACCEPT; iptables-legacy -w -P FORWARD DROP",
@@ -237,12 +252,28 @@ def test_store_configuration_and_psk_are_named(mesh):
     finally:
         os.rename(away, mesh.lease_dir)
     clean(mesh, 1, timeout=60)
+    subprocess.run(["mount", "-o", "remount,ro", mesh.store], check=True)
+    asker = netns.spawn(node.namespace, [program(), "rotate", "--run-dir", str(node.run_dir)], stderr=subprocess.DEVNULL)
+    try:
+        assert "can't be written" in named(mesh, 1, "store-outage")["evidence"]
+    finally:
+        asker.kill()
+        asker.wait()
+        subprocess.run(["mount", "-o", "remount,rw", mesh.store], check=True)
+    clean(mesh, 1, timeout=60)
     conf(mesh, UDPEncap="maybe")
     named(mesh, 1, "configuration-refused")
     conf(mesh)
     clean(mesh, 1)
     conf(mesh, AllowPlaintextPeers=True)
-    named(mesh, 1, "plaintext-allowed")
+    assert "no peer needs it" in named(mesh, 1, "plaintext-allowed")["evidence"]
+    flannels = mesh.lease_dir / "10.244.9.0-24.json"
+    with files(flannels):
+        data = {"VNI": 1, "VtepMAC": "02:00:00:00:00:09"}
+        lease = {"Node": "flannels", "PublicIP": "192.168.77.109", "BackendType": "vxlan", "BackendData": data}
+        flannels.write_text(json.dumps(lease))
+        said = lambda: named(mesh, 1, "plaintext-allowed")["evidence"].startswith("1 of 2 peers in PLAINTEXT")  # noqa: E731
+        eventually("the peer in plaintext is counted", said)
     conf(mesh)
     clean(mesh, 1, 2)
     node.psk.unlink()
@@ -370,6 +401,14 @@ def test_counters_that_rise_are_named_and_explained(mesh):
         found = named(mesh, 1, "xfrm-counter", 2)
         assert found["subject"] == "XfrmInStateSeqError" and "replay" in found["why"], found
         named(mesh, 1, "peer-errors", 2)
+    # By the reverse path another device would be theirs.
+    other = "ip link add other type dummy; ip address add 10.99.0.1/24 dev other; ip link set other up"
+    one.run(f"{other}; echo 1 >/proc/sys/net/ipv4/conf/eth0/rp_filter")
+    try:
+        with meanwhile(lambda: lab.spoof(1, frames.udp("10.99.0.9", "192.168.77.1"))):
+            assert "packets were dropped by such filters" in named(mesh, 1, "rp-filter", 2)["evidence"]
+    finally:
+        one.run("ip link del other; echo 0 >/proc/sys/net/ipv4/conf/eth0/rp_filter")
     # A question over a path that takes long: in the time that rotate waits for.
     two = mesh.lab.node(2)
     two.netem("delay 600ms")
@@ -411,16 +450,19 @@ def test_what_runs_out_is_named(mesh):
         named(mesh, 1, "conntrack")
     finally:
         open(room, "w").write(before)
-    # The table of neighbours is one for all namespaces, and is to be seen from the first.
-    limit = "/proc/sys/net/ipv4/neigh/default/gc_thresh3"
-    before = open(limit).read()
-    open(limit, "w").write("1")
+    # The tables of neighbours are one for all namespaces, and are to be seen from the first.
+    limits = {family: f"/proc/sys/net/{family}/neigh/default/gc_thresh3" for family in ("ipv4", "ipv6")}
+    before = {limit: open(limit).read() for limit in limits.values()}
     try:
+        for limit in before:
+            open(limit, "w").write("1")
         command = [program(), "doctor", "--json", "--watch", "0", "--run-dir", str(one.run_dir)]
         done = subprocess.run(command, capture_output=True, text=True)
-        assert "neighbours" in {one["check"] for one in json.loads(done.stdout)["findings"]}, done
+        found = {one["subject"] for one in json.loads(done.stdout)["findings"] if one["check"] == "neighbours"}
+        assert found == set(limits), done
     finally:
-        open(limit, "w").write(before)
+        for limit, text in before.items():
+            open(limit, "w").write(text)
     clean(mesh, 1)
 
 
