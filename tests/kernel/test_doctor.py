@@ -18,7 +18,8 @@ import pytest
 
 import frames
 import netns
-from examining import GUEST, NETWORK, clean, conf, doctor, examined, files, ghost, leave, meanwhile, named, set_clock, set_clock_back, start
+from examining import GUEST, NETWORK, clean, conf, doctor, examined, files, ghost, leave, meanwhile, named, set_clock
+from examining import set_clock_back, start
 from rig import eventually, program
 from running import PSK, spellings
 
