@@ -22,7 +22,7 @@ pub mod routes;
 mod checksum;
 mod coalesce;
 mod counters;
-#[cfg(any(test, fuzzing))]
+#[cfg(any(test, debug_assertions))]
 pub mod fuzz;
 mod icmp;
 #[cfg(test)]

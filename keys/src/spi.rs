@@ -65,11 +65,15 @@ pub fn next_epoch(
 pub enum NoEpoch {
     /// SAs of 64 epochs of this node stand in the kernel.
     #[error(
-        "all 64 epoch numbers of this node are in use by SAs in the kernel: remove old SAs with `ringmail cleanup`"
+        "all 64 epoch numbers of this node are in use by SAs in the kernel: remove old SAs with `systemctl stop ringmail && \
+         ringmail cleanup`, and start it again"
     )]
     AllTaken,
     /// The previous epoch, or the clock, is at the end of the numbers.
-    #[error("no epoch follows {previous}: remove this node's lease from the store and correct its clock")]
+    #[error(
+        "no epoch follows {previous}: correct this node's clock, take its lease out of the store with `systemctl stop \
+         ringmail && ringmail cleanup`, and start it again"
+    )]
     NumbersEnd {
         /// The last number that could not be gone beyond.
         previous: u64,

@@ -1,5 +1,5 @@
 //! A healthy node's facts, and each trouble done to them: what is found, and that nothing else is. The texts stand in
-//! tests/golden/doctor, tests/kernel/test_doctor.py makes the troubles for real.
+//! tests/golden/doctor, tests/kernel/test_doctor.py and test_doctor_keys.py make the troubles for real.
 
 use std::collections::BTreeSet;
 use std::io::Read as _;
@@ -246,7 +246,7 @@ pub(crate) fn cases() -> Vec<(&'static str, Facts)> {
             absent(
                 f,
                 false,
-                "the daemon at /run/ringmail/control.sock did not answer within 15 s: see its log",
+                "the daemon at /run/ringmail/control.sock did not answer within 35 s: see its log",
             );
         }),
         with("kernel-lacks", &|f| {
@@ -270,7 +270,11 @@ pub(crate) fn cases() -> Vec<(&'static str, Facts)> {
             "configuration-refused",
             "the new configuration is refused, the last good one is in force: UDPEncap \"maybe\": true, false or auto",
         ),
-        problem("epoch-stalled", "no new epoch can begin: 56 of 64 numbers are in use"),
+        problem(
+            "epoch-stalled",
+            "no new epoch can begin: all 64 epoch numbers of this node are in use by SAs in the kernel: remove old SAs with \
+             `systemctl stop ringmail && ringmail cleanup`, and start it again",
+        ),
         problem(
             "claimed-twice",
             "subnet 10.244.1.0/24 of this node is also claimed by node-x: remove that lease",
@@ -283,11 +287,14 @@ pub(crate) fn cases() -> Vec<(&'static str, Facts)> {
             "psk-needed",
             "1 node still needs key 0011223344556677, which was taken from this node: node-b; it is dropped in 60 s",
         ),
-        problem("psk", "no PSK"),
+        problem(
+            "psk",
+            "no other node has a PSK of this one, 2 nodes have another: is this node's the right one?",
+        ),
         problem(
             "plaintext-dropped",
-            "the guard has dropped 3 packets of the mesh that came in by eth0 without ESP; when that is mended, set the \
-             count back: nft reset counters table inet ringmail",
+            "the guard has dropped 3 packets of the mesh that came in by eth0 without ESP, forged or from a node that does not \
+             encrypt (look on the wire who sends them); once mended, set the count back: nft reset counters table inet ringmail",
         ),
         problem(
             "in-the-way",

@@ -1,6 +1,6 @@
 //! The pure parts of the packet path as one, for packets that somebody made up: `noise` has random ones, and
-//! `tests/fuzz` those of a fuzzer. That is another crate, to which these modules are closed but for this door, which is
-//! there under `cfg(fuzzing)` alone.
+//! `tests/fuzz` those of a fuzzer. That is another crate, to which these modules are closed but for this door, which no
+//! release has.
 //!
 //! Both panic where what comes out is not what it should be.
 

@@ -1,56 +1,37 @@
 """Each trouble is made for real, doctor names it, it is undone, and doctor finds nothing any more.
 
-One mesh of two nodes for the file; a third joins and leaves. The Network has room for 15 nodes. Not made here, but given as
-facts in src/doctor/tests.rs: a processor without AES, memory that is used up, a peer without a common family, epochs of which
-all numbers are in use. Rules of nftables, whose families User Mode Linux lacks, are made there in this machine's kernel.
+One mesh of two nodes for the file; a third joins and leaves. What is about keys, plaintext and the machine is made in
+test_doctor_keys.py. Rules of nftables, whose families User Mode Linux lacks, are made in this machine's kernel by
+src/doctor/tests.rs.
 
 The guest's clock is an hour behind until the tests of clocks: epochs, which only rise, leave room for them."""
 
-import contextlib
 import json
 import os
-import pathlib
 import re
 import signal
 import socket
 import subprocess
 import tarfile
-import threading
-import time
 
 import pytest
 
 import frames
 import netns
+from examining import GUEST, NETWORK, clean, conf, doctor, examined, files, ghost, leave, meanwhile, named, set_clock
+from examining import set_clock_back, start
 from rig import eventually, program
-from running import PSK, Running, spellings
-
-NETWORK = "10.244.0.0/20"
+from running import PSK, spellings
 
 
 @pytest.fixture(scope="module")
 def mesh(keywatch):
     set_clock(-3600)
-    mesh = Running(f"t{os.getpid() % 100000}-doctor", 3, keywatch)
-    mesh.configure(network=NETWORK)
-    mesh.cni = mesh.folder / "cni"
-    mesh.cni.mkdir()
-    (mesh.cni / "10-flannel.conflist").write_text(json.dumps({"plugins": [{"type": "flannel"}, {"type": "portmap"}]}))
-    mesh.subnets()
     try:
-        for number in (1, 2):
-            psk = mesh.folder / f"psk{number}"
-            mesh.write_psk(PSK, psk)
-            mesh.lab.node(number).psk = psk
-            start(mesh, number)
-        mesh.in_order(1, 2)
-        for number in (1, 2):
-            mesh.lab.make_pod(number)
-        assert mesh.lab.pod(1).ping(mesh.lab.pod(2), count=2, interval=0.2) == 2
-        yield mesh
+        with examined("doctor", keywatch) as mesh:
+            yield mesh
     finally:
-        mesh.down()
-        set_clock(-moved)
+        set_clock_back()
 
 
 @pytest.fixture(autouse=True)
@@ -59,88 +40,6 @@ def watched(request, mesh, keywatch):
     yield
     mesh.lab.wire.assert_clean()
     keywatch.check()
-
-
-# A clock that others live by, of a machine that is no guest of its own, is not moved.
-GUEST = "User Mode Linux" in pathlib.Path("/proc/cpuinfo").read_text()
-
-
-moved = 0
-
-
-def set_clock(by):
-    """Moves the guest's clock, seconds."""
-    global moved
-    if GUEST:
-        time.clock_settime(time.CLOCK_REALTIME, time.time() + by)
-        moved += by
-
-
-def start(mesh, number, *flags):
-    node = mesh.lab.node(number)
-    node.start("--lease-dir", str(mesh.lease_dir), "--psk-file", str(getattr(node, "psk", mesh.psk_file)), *flags)
-
-
-def doctor(mesh, number, watch=0, *flags):
-    """The findings of a node, as JSON has them."""
-    arguments = ["--json", "--watch", str(watch), "--cni-conf-dir", str(mesh.cni), *flags]
-    done = mesh.lab.node(number).ringmail("doctor", *arguments, check=False, timeout=90)
-    assert not done.stderr, done.stderr
-    findings = json.loads(done.stdout)["findings"]
-    assert done.returncode == bool(findings), done
-    return findings
-
-
-def named(mesh, number, check, watch=0, timeout=15):
-    """The finding of this name, once doctor has it."""
-    last = []
-
-    def found():
-        last[:] = doctor(mesh, number, watch)
-        return next((one for one in last if one["check"] == check), None)
-
-    try:
-        return eventually(f"doctor finds {check}", found, timeout)
-    except AssertionError as error:
-        raise AssertionError(f"{error}; it found {last}") from None
-
-
-# What tells of the last 20 probes, so of minutes, and what stays until the count is set back.
-LASTING = {"loss", "plaintext-dropped"}
-
-
-def clean(mesh, *numbers, timeout=30):
-    for number in numbers or (1, 2):
-        last = []
-
-        def nothing(number=number, last=last):
-            last[:] = [one for one in doctor(mesh, number) if one["check"] not in LASTING]
-            return not last
-
-        try:
-            eventually(f"doctor finds nothing at node {number}", nothing, timeout)
-        except AssertionError:
-            raise AssertionError(f"doctor goes on to find {last}") from None
-
-
-def conf(mesh, **backend):
-    mesh.configure(network=NETWORK, **backend)
-
-
-def ghost(mesh, number, key=None):
-    """A lease of a node that is not there."""
-    path = mesh.lease_dir / f"{key or f'10.244.{number}.0-24'}.json"
-    path.write_text(json.dumps({"Node": f"ghost{number}", "PublicIP": f"192.168.77.{100 + number}", "BackendType": "ipsec"}))
-    return path
-
-
-@contextlib.contextmanager
-def files(*paths):
-    try:
-        yield
-    finally:
-        for path in paths:
-            path.unlink(missing_ok=True)
 
 
 def test_a_healthy_mesh_has_no_finding(mesh):
@@ -164,6 +63,11 @@ BY_COMMAND = {
             "ip xfrm policy delete dir out src 0.0.0.0/0 dst 10.244.2.128/25",
             [("policy-shadow", "ip xfrm policy delete dir out src 0.0.0.0/0 dst 10.244.2.128/25")],
         ),
+        "another program's before ours, on the way in": (
+            "ip xfrm policy add dir in src 10.244.2.128/25 dst 0.0.0.0/0 priority 100",
+            "ip xfrm policy delete dir in src 10.244.2.128/25 dst 0.0.0.0/0",
+            [("policy-shadow", "ip xfrm policy delete dir in src 10.244.2.128/25 dst 0.0.0.0/0")],
+        ),
         "another program's in the guard's place": (
             "ip xfrm policy update dir out src 0.0.0.0/0 dst 10.244.0.0/20 priority 4000000000",
             "ip xfrm policy delete dir out src 0.0.0.0/0 dst 10.244.0.0/20",
@@ -178,6 +82,11 @@ BY_COMMAND = {
             "ip route add 10.244.2.128/25 via 192.168.77.254",
             "ip route del 10.244.2.128/25",
             [("route-shadow", "ip route delete 10.244.2.128/25 via 192.168.77.254 dev eth0")],
+        ),
+        "an address of a peer's here": (
+            "ip address add 10.244.2.9/32 dev lo",
+            "ip address del 10.244.2.9/32 dev lo",
+            [("route-shadow", "ip address show to 10.244.2.9/32")],
         ),
         "another network within the Network": (
             "ip link add docker0 type dummy; ip address add 10.244.9.1/24 dev docker0; ip link set docker0 up",
@@ -232,6 +141,11 @@ BY_COMMAND = {
             " iptables-legacy -w -A OUTPUT -o eth+ -j HOST",
             "iptables-legacy -w -F HOST; iptables-legacy -w -D OUTPUT -o eth+ -j HOST; iptables-legacy -w -X HOST",
             [("filter-drops", "iptables-legacy -t filter -D HOST -d 192.168.77.2/32 -p esp -j REJECT")],
+        ),
+        "what pods receive dropped": (
+            "iptables-legacy -w -A FORWARD -d 10.244.1.0/24 -j DROP",
+            "iptables-legacy -w -D FORWARD -d 10.244.1.0/24 -j DROP",
+            [("filter-drops", "iptables-legacy -t filter -D FORWARD -d 10.244.1.0/24 -j DROP")],
         ),
         "what pods send not accepted": (
             "iptables-legacy -w -A FORWARD -s 10.9.0.0/16 -j ACCEPT; iptables-legacy -w -P FORWARD DROP",
@@ -326,8 +240,7 @@ def test_another_node_with_this_ones_address_is_named(mesh):
         assert "192.168.77.1" in named(mesh, 1, "claimed-twice")["evidence"]
         named(mesh, 2, "peer-refused")
     finally:
-        mesh.lab.node(3).stop()
-        mesh.lab.node(3).ringmail("cleanup", "--lease-dir", str(mesh.lease_dir), check=False)
+        leave(mesh, 3)
     clean(mesh, 1, 2)
 
 
@@ -340,12 +253,28 @@ def test_store_configuration_and_psk_are_named(mesh):
     finally:
         os.rename(away, mesh.lease_dir)
     clean(mesh, 1, timeout=60)
+    subprocess.run(["mount", "-o", "remount,ro", mesh.store], check=True)
+    asker = netns.spawn(node.namespace, [program(), "rotate", "--run-dir", str(node.run_dir)], stderr=subprocess.DEVNULL)
+    try:
+        assert "can't be written" in named(mesh, 1, "store-outage")["evidence"]
+    finally:
+        asker.kill()
+        asker.wait()
+        subprocess.run(["mount", "-o", "remount,rw", mesh.store], check=True)
+    clean(mesh, 1, timeout=60)
     conf(mesh, UDPEncap="maybe")
     named(mesh, 1, "configuration-refused")
     conf(mesh)
     clean(mesh, 1)
     conf(mesh, AllowPlaintextPeers=True)
-    named(mesh, 1, "plaintext-allowed")
+    assert "no peer needs it" in named(mesh, 1, "plaintext-allowed")["evidence"]
+    flannels = mesh.lease_dir / "10.244.9.0-24.json"
+    with files(flannels):
+        data = {"VNI": 1, "VtepMAC": "02:00:00:00:00:09"}
+        lease = {"Node": "flannels", "PublicIP": "192.168.77.109", "BackendType": "vxlan", "BackendData": data}
+        flannels.write_text(json.dumps(lease))
+        said = lambda: named(mesh, 1, "plaintext-allowed")["evidence"].startswith("1 of 2 peers in PLAINTEXT")  # noqa: E731
+        eventually("the peer in plaintext is counted", said)
     conf(mesh)
     clean(mesh, 1, 2)
     node.psk.unlink()
@@ -411,10 +340,10 @@ def test_an_uplink_that_is_gone_is_named(mesh):
 def test_udp_a_taken_port_and_a_detour_are_named(mesh):
     two = mesh.lab.node(2)
     with netns.make_socket(two.namespace, socket.AF_INET, socket.SOCK_DGRAM) as taken:
-        taken.bind(("", 4500))
-        conf(mesh, UDPEncap="auto")
+        taken.bind(("", 4600))
+        conf(mesh, UDPEncap="auto", EncapPort=4600)
         found = named(mesh, 2, "port-taken")
-        assert f"pid {os.getpid()}" in found["evidence"], found
+        assert found["subject"] == "UDP 4600" and f"pid {os.getpid()}" in found["evidence"], found
         named(mesh, 2, "port-refused")
     mesh.in_order(1, 2)
     # The mesh MTU is smaller by a UDP header, and the pods were there before.
@@ -424,6 +353,19 @@ def test_udp_a_taken_port_and_a_detour_are_named(mesh):
         assert "UDPEncap" in named(mesh, 1, "esp-detour", timeout=40)["command"]
     finally:
         two.run("iptables-legacy -w -D INPUT -p esp -j DROP")
+    # A node that nothing reaches, on either carrier.
+    three = mesh.lab.node(3)
+    unreached = "iptables-legacy -w -{0} INPUT -p esp -j DROP; iptables-legacy -w -{0} INPUT -p udp --dport 4600 -j DROP"
+    three.run(unreached.format("A"))
+    start(mesh, 3)
+    try:
+        found = named(mesh, 3, "esp-filtered")
+        assert "no probe in ESP or UDP came back" in found["evidence"] and "udp port 4600" in found["command"], found
+        three.run(unreached.format("D"))
+        mesh.in_order(1, 2, 3)
+    finally:
+        three.run(unreached.format("D"), check=False)
+        leave(mesh, 3)
     conf(mesh)
     mesh.in_order(1, 2)
     clean(mesh, 1, 2)
@@ -450,24 +392,6 @@ def test_what_probes_tell_of_a_path_is_named(mesh):
     clean(mesh, 1, 2, timeout=60)
 
 
-@contextlib.contextmanager
-def meanwhile(action):
-    """Repeats an action while the body runs."""
-    over = threading.Event()
-
-    def repeat():
-        while not over.wait(0.1):
-            action()
-
-    thread = threading.Thread(target=repeat, daemon=True)
-    thread.start()
-    try:
-        yield
-    finally:
-        over.set()
-        thread.join()
-
-
 def test_counters_that_rise_are_named_and_explained(mesh):
     one, lab = mesh.lab.node(1), mesh.lab
     spoofed = frames.udp("10.244.2.10", "10.244.1.10")
@@ -478,6 +402,14 @@ def test_counters_that_rise_are_named_and_explained(mesh):
         found = named(mesh, 1, "xfrm-counter", 2)
         assert found["subject"] == "XfrmInStateSeqError" and "replay" in found["why"], found
         named(mesh, 1, "peer-errors", 2)
+    # By the reverse path another device would be theirs.
+    other = "ip link add other type dummy; ip address add 10.99.0.1/24 dev other; ip link set other up"
+    one.run(f"{other}; echo 1 >/proc/sys/net/ipv4/conf/eth0/rp_filter")
+    try:
+        with meanwhile(lambda: lab.spoof(1, frames.udp("10.99.0.9", "192.168.77.1"))):
+            assert "packets were dropped by such filters" in named(mesh, 1, "rp-filter", 2)["evidence"]
+    finally:
+        one.run("ip link del other; echo 0 >/proc/sys/net/ipv4/conf/eth0/rp_filter")
     # A question over a path that takes long: in the time that rotate waits for.
     two = mesh.lab.node(2)
     two.netem("delay 600ms")
@@ -519,16 +451,19 @@ def test_what_runs_out_is_named(mesh):
         named(mesh, 1, "conntrack")
     finally:
         open(room, "w").write(before)
-    # The table of neighbours is one for all namespaces, and is to be seen from the first.
-    limit = "/proc/sys/net/ipv4/neigh/default/gc_thresh3"
-    before = open(limit).read()
-    open(limit, "w").write("1")
+    # The tables of neighbours are one for all namespaces, and are to be seen from the first.
+    limits = {family: f"/proc/sys/net/{family}/neigh/default/gc_thresh3" for family in ("ipv4", "ipv6")}
+    before = {limit: open(limit).read() for limit in limits.values()}
     try:
+        for limit in before:
+            open(limit, "w").write("1")
         command = [program(), "doctor", "--json", "--watch", "0", "--run-dir", str(one.run_dir)]
         done = subprocess.run(command, capture_output=True, text=True)
-        assert "neighbours" in {one["check"] for one in json.loads(done.stdout)["findings"]}, done
+        found = {one["subject"] for one in json.loads(done.stdout)["findings"] if one["check"] == "neighbours"}
+        assert found == set(limits), done
     finally:
-        open(limit, "w").write(before)
+        for limit, text in before.items():
+            open(limit, "w").write(text)
     clean(mesh, 1)
 
 

@@ -103,7 +103,7 @@ const PROBLEMS: [(&str, &str, Severity, &str, &str, &str); 14] = [
         Degraded,
         "no new epoch can begin",
         "keys grow old, and a peer that needs new ones is not served",
-        "ringmail rotate",
+        "journalctl -u ringmail -n 50",
     ),
     (
         "also claimed by",
@@ -181,13 +181,13 @@ pub(super) fn problems(facts: &Facts) -> Vec<Finding> {
             .find(|(words, ..)| text.contains(words) || lower.contains(words))?;
         let (_, check, severity, title, why, command) = *known;
         // An error that names its own remedy knows better.
-        let own = after_backtick(text).filter(|own| own.contains(' '));
         let ends = match check {
             "in-the-way" => text.split_once("remove it: "),
             "plaintext-dropped" => text.split_once("set the count back: "),
             _ => None,
         };
-        let own = own.or_else(|| ends.map(|(_, command)| command));
+        let own = ends.map(|(_, command)| command);
+        let own = own.or_else(|| after_backtick(text).filter(|own| own.contains(' ')));
         Some(
             Finding::new(severity, check, "node", title)
                 .seen(text)
@@ -250,12 +250,12 @@ pub(super) fn plaintext(facts: &Facts) -> Vec<Finding> {
         let (why, command) = if leaving {
             (
                 "a pod or program here sends to the mesh by a way that no policy takes; nothing got out",
-                "ringmail audit; ip route get",
+                "ringmail audit; ip xfrm policy; ip route",
             )
         } else {
             (
                 "a node sends without encryption, or somebody forges a pod's address; nothing got in",
-                "tcpdump -ni UPLINK 'not esp and not udp port 4500'",
+                "tcpdump -ni UPLINK 'not esp and not udp port PORT'",
             )
         };
         let uplink = facts.uplink().unwrap_or("the uplink");
@@ -271,7 +271,11 @@ pub(super) fn plaintext(facts: &Facts) -> Vec<Finding> {
                 facts.watched, after.packets
             ))
             .why(why)
-            .run(command.replace("UPLINK", uplink)),
+            .run(
+                command
+                    .replace("UPLINK", uplink)
+                    .replace("PORT", &encap_port(facts).to_string()),
+            ),
         );
     }
     at_most(findings)
@@ -316,20 +320,27 @@ pub(in crate::doctor) fn wanted_ports(facts: &Facts) -> Vec<u16> {
     let Some(report) = &facts.report else {
         return Vec::new();
     };
+    match report.backend.as_str() {
+        "ipsec" if report.encap != "false" => vec![encap_port(facts)],
+        "vxlan" => vec![named_port(facts, "Port", 8472)],
+        "udp" => vec![named_port(facts, "Port", 8285)],
+        _ => Vec::new(),
+    }
+}
+
+/// The UDP port that ESP in UDP goes to.
+pub(super) fn encap_port(facts: &Facts) -> u16 {
+    named_port(facts, "EncapPort", 4500)
+}
+
+/// A port that net-conf.json names, or `default`.
+fn named_port(facts: &Facts, key: &str, default: u16) -> u16 {
     let conf = facts.conf.as_ref();
     let conf: serde_json::Value = conf
         .and_then(|conf| serde_json::from_str(&conf.text).ok())
         .unwrap_or_default();
-    let named = |key: &str, default: u16| {
-        let port = conf["Backend"][key].as_u64().and_then(|port| port.try_into().ok());
-        vec![port.filter(|port| *port > 0).unwrap_or(default)]
-    };
-    match report.backend.as_str() {
-        "ipsec" if report.encap != "false" => named("EncapPort", 4500),
-        "vxlan" => named("Port", 8472),
-        "udp" => named("Port", 8285),
-        _ => Vec::new(),
-    }
+    let port = conf["Backend"][key].as_u64().and_then(|port| port.try_into().ok());
+    port.filter(|port| *port > 0).unwrap_or(default)
 }
 
 /// Whether the daemon's process runs out of descriptors.

@@ -71,7 +71,10 @@ fn waiting(facts: &Facts, peer: &PeerReport, reason: &str) -> Finding {
                     .run("put \"UDPEncap\": \"auto\" into Backend of net-conf.json; tcpdump -ni any esp at both ends"),
                 _ => finding
                     .why("something on the path or at the peer drops the UDP port, or its daemon does not run")
-                    .run("tcpdump -ni any 'esp or udp port 4500' at both ends"),
+                    .run(format!(
+                        "tcpdump -ni any 'esp or udp port {}' at both ends",
+                        super::node::encap_port(facts)
+                    )),
             }
         }
         Some(false) | None => Finding::new(Broken, "peer-unreachable", name, title)

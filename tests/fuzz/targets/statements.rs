@@ -2,14 +2,11 @@
 //! whose tag is right, whatever its statement says. The input is a statement, or changes to a good one: pairs of place
 //! and value behind a zero.
 
-#![no_main]
-
 use std::sync::{Arc, LazyLock};
 
 use base64::Engine as _;
 use base64::engine::general_purpose::STANDARD as BASE64;
 use keys::{Cipher, Encap, EncapMode, Epoch, Kid, Psk, PublicKey, Slot, Statement};
-use libfuzzer_sys::fuzz_target;
 use ringmail::admission::{self, Refusal};
 use ringmail::lease::{Addresses, Lease, Network, NodeName, Range};
 
@@ -48,7 +45,7 @@ fn good() -> Vec<u8> {
     statement.encode().expect("a good statement").as_bytes().to_vec()
 }
 
-fuzz_target!(|data: &[u8]| {
+pub(crate) fn run(data: &[u8]) {
     let bytes = match data {
         [0, changes @ ..] => {
             let mut bytes = good();
@@ -96,4 +93,4 @@ fuzz_target!(|data: &[u8]| {
         }
         Err(refusal) => drop(<Refusal as ToString>::to_string(&refusal)),
     }
-});
+}

@@ -3,9 +3,6 @@
 //! The input is a list of packets, each a byte that says how it is meant, one of its length, and its bytes: raw, or made
 //! good (lengths, checksums), or the next of the flow of the one before. Without that nothing would ever be merged.
 
-#![no_main]
-
-use libfuzzer_sys::fuzz_target;
 use ringmail::tunnel::fuzz;
 
 /// The packet's bytes are used as they are.
@@ -21,7 +18,7 @@ const OUT: u8 = 16;
 /// It is sixteen times as long.
 const LONG: u8 = 32;
 
-fuzz_target!(|data: &[u8]| {
+pub(crate) fn run(data: &[u8]) {
     let (packets, header) = data.split_at(data.len().saturating_sub(10));
     let Some(header) = header.first_chunk::<10>() else {
         return;
@@ -44,7 +41,7 @@ fuzz_target!(|data: &[u8]| {
         }
     }
     fuzz::inwards(received);
-});
+}
 
 /// A TCP or UDP packet whose lengths and checksums are right; `bytes` are ports and the like, and its payload.
 fn good(kind: u8, bytes: &[u8]) -> Vec<u8> {

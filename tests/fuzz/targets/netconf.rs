@@ -1,15 +1,15 @@
 //! net-conf.json and subnet.env: any text is a configuration or an error, with and without a PSK file, and never a panic.
 
-#![no_main]
-
 use std::path::Path;
 
-use libfuzzer_sys::fuzz_target;
 use ringmail::config::subnet_env::previous_in;
 use ringmail::config::{Context, NetConf};
 use ringmail::lease::Subnets;
 
-fuzz_target!(|text: &str| {
+pub(crate) fn run(data: &[u8]) {
+    let Ok(text) = std::str::from_utf8(data) else {
+        return;
+    };
     for psk_file in [None, Some(Path::new("/etc/ringmail/psk"))] {
         let context = Context {
             file: "net-conf.json",
@@ -31,4 +31,4 @@ fuzz_target!(|text: &str| {
         }
     }
     let _: Subnets = previous_in(text);
-});
+}

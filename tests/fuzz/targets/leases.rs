@@ -1,11 +1,8 @@
 //! Leases as any store holds them: key and value, and what the backends make of them. The input is a key, a line's end, and
 //! a value.
 
-#![no_main]
-
 use std::sync::LazyLock;
 
-use libfuzzer_sys::fuzz_target;
 use ringmail::admission::stated_name;
 use ringmail::backend::{Macs, Plain, Site, extension, ipip, udp, vxlan};
 use ringmail::lease::{Addresses, Network, NodeName, Range, Subnets};
@@ -60,7 +57,7 @@ fn uplink() -> Uplink {
     }
 }
 
-fuzz_target!(|data: &[u8]| {
+pub(crate) fn run(data: &[u8]) {
     let cut = data.iter().position(|byte| *byte == b'\n').unwrap_or(0);
     let (key, value) = (String::from_utf8_lossy(&data[..cut]), &data[cut..]);
     let subnets = match format::parse_key(&key) {
@@ -133,7 +130,7 @@ fuzz_target!(|data: &[u8]| {
     let input = extension::input(&data[0]);
     // Whatever a lease says is at most one word.
     assert_eq!(extension::words("/bin/true $DATA", &[("DATA", input.clone())]).len(), 2);
-});
+}
 
 /// Whether there is a number in it that serde_json reads to the nearest few, not to the last bit. No backend's data have
 /// any.
