@@ -12,7 +12,7 @@ use std::time::{Duration, Instant};
 use keys::{Epoch, Slot};
 use ring::rand::{SecureRandom, SystemRandom};
 use tokio::sync::{mpsc, oneshot, watch};
-use tracing::{debug, error, info};
+use tracing::{debug, info};
 
 use super::books::{self, Books};
 use super::sockets::{Sent, Sockets};
@@ -29,7 +29,7 @@ use crate::node::{Cause, Datagram, Settings};
 use crate::packed::MANY;
 use crate::psk;
 use crate::reconcile::{Reconciler, chain};
-use crate::repeats::{Came, Repeats};
+use crate::repeats::{Repeats, log_came};
 use crate::store::Health;
 use crate::store::kube::Datapath;
 use crate::uplink::{Uplink, UplinkError};
@@ -591,9 +591,11 @@ fn told(
     trouble: Option<&str>,
     now: Duration,
 ) {
-    match troubles.entry(what).or_default().came(trouble, now) {
-        Came::Unchanged => {}
-        Came::Failed(error, told) => error!(error, times = told.times, seconds = told.seconds, "{what}"),
-        Came::Over(told) => info!(times = told.times, seconds = told.seconds, "{over}"),
-    }
+    log_came!(
+        troubles.entry(what).or_default().came(trouble, now),
+        error,
+        [],
+        "{what}",
+        "{over}"
+    );
 }
