@@ -5,6 +5,7 @@
 
 mod answer;
 mod books;
+mod doubts;
 mod extension;
 pub mod manager;
 mod sockets;
@@ -150,12 +151,14 @@ async fn start(flags: &Flags, manager: Manager, kept: Kept) -> Result<(), StartE
     let (lease_out, lease) = watch::channel(None);
     let (ready_out, mut ready) = watch::channel(false);
     let (datapath_out, datapath) = watch::channel(Datapath::default());
-    let (doubts_out, seen) = watch::channel(turn::Seen::default());
+    let (doubts_out, seen) = watch::channel(doubts::Seen::default());
     let (trouble, lease_trouble) = watch::channel(sources::LeaseTrouble::default());
     let troubles = kube.is_some().then(|| troubles::Sources {
         misconfigured: misconfigured.clone(),
         psks: psks.clone(),
         lease: lease_trouble,
+        uplink: uplink.clone(),
+        commands: commands_failed.clone(),
         seen,
         datapath: datapath.clone(),
     });

@@ -23,7 +23,7 @@ use crate::kernel::{
 use crate::lease::Completeness;
 use crate::node::report::Report;
 use crate::node::{Cause, Datagram, End, Headroom, Node, Traffic, some};
-use crate::repeats::{self, Came, Each, Repeats, Told};
+use crate::repeats::{self, Each, Repeats, Told, log_came};
 
 use ledger::Ledger;
 
@@ -229,22 +229,13 @@ impl<D: Datapath> Reconciler<D> {
     /// What was counted; logs that it can't be read, or can be again.
     fn counted<T: Default>(&mut self, counted: Result<T, WriteError>) -> T {
         let error = counted.as_ref().err().map(ToString::to_string);
-        match self.said.counters.came(error.as_deref(), repeats::now()) {
-            Came::Unchanged => {}
-            Came::Failed(error, told) => {
-                warn!(
-                    error,
-                    times = told.times,
-                    seconds = told.seconds,
-                    "the SAs' counters can't be read"
-                );
-            }
-            Came::Over(told) => info!(
-                times = told.times,
-                seconds = told.seconds,
-                "the SAs' counters can be read again"
-            ),
-        }
+        log_came!(
+            self.said.counters.came(error.as_deref(), repeats::now()),
+            warn,
+            [],
+            "the SAs' counters can't be read",
+            "the SAs' counters can be read again"
+        );
         counted.unwrap_or_default()
     }
 
@@ -415,22 +406,13 @@ impl<D: Datapath> Reconciler<D> {
             }
             let error = self.resync().err().map(|error| chain(&error));
             self.reread.done(now, error.is_some());
-            match self.said.unread.came(error.as_deref(), now) {
-                Came::Unchanged => {}
-                Came::Failed(error, told) => {
-                    error!(
-                        error,
-                        times = told.times,
-                        seconds = told.seconds,
-                        "the kernel can't be read"
-                    );
-                }
-                Came::Over(told) => info!(
-                    times = told.times,
-                    seconds = told.seconds,
-                    "the kernel can be read again"
-                ),
-            }
+            log_came!(
+                self.said.unread.came(error.as_deref(), now),
+                error,
+                [],
+                "the kernel can't be read",
+                "the kernel can be read again"
+            );
         }
         if self.stale && self.reread.failed {
             return;

@@ -8,7 +8,8 @@
 //!  worked()             ──▶ said, times=121, seconds=75            once
 //! ```
 //! Who logs has one line for it, since a field that is `None` is not written:
-//! `if let Some(Told { times, seconds }) = repeats.failed(&text, now) { warn!(error = text, times, seconds, "…") }`.
+//! `if let Some(Told { times, seconds }) = repeats.failed(&text, now) { warn!(error = text, times, seconds, "…") }`;
+//! or, where both outcomes are told in one place, [`log_came`].
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::time::Duration;
@@ -123,6 +124,23 @@ pub(crate) enum Came<'a> {
     /// It is over.
     Over(Told),
 }
+
+/// Logs a [`Came`] where it is news: a failure at the level that is named, the end of it as info. Both lines begin with the
+/// fields in brackets, and are of the module that this stands in.
+macro_rules! log_came {
+    ($came:expr, $level:ident, [$($field:tt)*], $failed:literal, $over:literal) => {
+        match $came {
+            $crate::repeats::Came::Unchanged => {}
+            $crate::repeats::Came::Failed(error, told) => {
+                tracing::$level!($($field)* error, times = told.times, seconds = told.seconds, $failed);
+            }
+            $crate::repeats::Came::Over(told) => {
+                tracing::info!($($field)* times = told.times, seconds = told.seconds, $over);
+            }
+        }
+    };
+}
+pub(crate) use log_came;
 
 /// So many keys are told apart in [`Each`].
 const KEYS: usize = 256;

@@ -226,6 +226,63 @@ fn when_its_grace_is_over_who_has_only_the_old_key_is_cut_and_named_and_the_othe
 }
 
 #[test]
+fn a_key_that_others_need_after_a_quarter_of_its_grace_is_doubtful_in_a_text_that_stays() {
+    let mut one = One::with(&[1]);
+    for number in 2..=6 {
+        one.peer(number, 1, &[1]);
+    }
+    one.file(&[2]);
+    let told = |one: &One| one.node.doubts(one.now).withdrawn;
+    one.run(GRACE / 4 - secs(1));
+    assert_eq!(told(&one), None, "who changes node by node needs time");
+    one.run(secs(1));
+    let text = |who: &str| {
+        let kid = kid(1);
+        Some(format!(
+            "{who} key {kid}, which was taken from this node: give them a newer one, before they are cut 3600 s after \
+             that (PSKGrace)"
+        ))
+    };
+    let many = "more than 3 nodes, which `ringmail status` names, still need";
+    assert_eq!(told(&one), text(many));
+    one.peer(2, 2, &[2, 1]);
+    one.run(secs(30));
+    assert_eq!(told(&one), text(many), "neither a number nor the time is in it");
+    one.peer(3, 2, &[2, 1]);
+    assert_eq!(told(&one), text("nodes node4, node5, node6 still need"));
+    one.peer(4, 2, &[2, 1]);
+    one.peer(5, 2, &[2, 1]);
+    assert_eq!(told(&one), text("node node6 still needs"));
+    one.run(GRACE);
+    assert_eq!(told(&one), None, "it is dropped");
+    let refused = |one: &One| one.node.doubts(one.now).peers.expect("it is cut");
+    let alone = refused(&one);
+    assert!(
+        alone.starts_with("the lease of node node6 is refused: it has only PSK"),
+        "{alone}"
+    );
+    one.peer(7, 1, &[1]);
+    let both = alone + "; and others are: `ringmail status` names them";
+    assert_eq!(refused(&one), both);
+    one.peer(8, 1, &[1]);
+    assert_eq!(refused(&one), both, "no number is in it");
+}
+
+#[test]
+fn that_no_epoch_can_begin_is_doubtful_until_one_does() {
+    let mut one = One::with(&[1]);
+    let told = |one: &One| one.node.doubts(one.now).epoch;
+    assert_eq!(told(&one), None);
+    one.node.stall("no number is left".into(), one.now);
+    let text = "no new epoch can begin: no number is left";
+    assert_eq!(told(&one).as_deref(), Some(text));
+    assert_eq!(one.report().problems, [text]);
+    one.node.want(Cause::Changed);
+    one.run(secs(120));
+    assert_eq!(told(&one), None);
+}
+
+#[test]
 fn a_key_is_held_as_long_as_the_configuration_says_now() {
     let mut one = One::with(&[1]);
     one.peer(2, 1, &[1]);

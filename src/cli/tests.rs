@@ -13,7 +13,8 @@ use super::*;
 use crate::admin::{Leases, Rotation};
 use crate::audit;
 use crate::config::UsageError;
-use crate::kernel::firewall::{Counters as Dropped, Tally};
+use crate::kernel::firewall::{self, Counters as Dropped, Tally};
+use crate::kernel::iptables;
 use crate::kernel::netlink::{Netlink, Options};
 use crate::kernel::{Datapath as _, Key, Kind, Look, Object, Objects, Op, Write, WriteError};
 use crate::node::PskReport;
@@ -307,6 +308,35 @@ fn audit_shows_order_and_disorder() {
         "audit-nothing.txt",
         &super::audit::render(&audit::unplanned(&Objects::new()), alone, PLAIN),
     );
+}
+
+#[test]
+fn that_the_guard_can_not_be_read_is_said_by_status_and_audit() {
+    let error = firewall::Error::Iptables(iptables::Error::Failed {
+        program: "/usr/sbin/iptables-legacy-save".into(),
+        code: "4".into(),
+        message: "Another app is currently holding the xtables lock.".into(),
+    });
+    let told = audit::unread(&error);
+    assert_eq!(
+        told,
+        "what the guard has dropped can't be read: packet filter (iptables): /usr/sbin/iptables-legacy-save (exit code \
+         4): Another app is currently holding the xtables lock."
+    );
+    let begins = "what the guard has dropped can't be read: packet filter (iptables):\n";
+    let audited = audit::Audit {
+        dropped_told: Some(told.clone()),
+        ..audit::unplanned(&Objects::new())
+    };
+    let text = super::audit::render(&audited, None, PLAIN);
+    assert!(text.contains(&format!("dropped: {begins}")), "{text}");
+    let mut report = report();
+    report.peers.clear();
+    (report.problems, report.complete) = (vec![told], true);
+    report.rejected.clear();
+    assert!(!super::status::well(&report), "not known is not well");
+    let text = super::status::render(&report, PLAIN);
+    assert!(text.contains(&format!("problem: {begins}")), "{text}");
 }
 
 #[test]

@@ -63,12 +63,18 @@ pub(super) fn run(arguments: &Arguments, style: Style) -> Result<Shown, Failure>
     let ending = SigSet::from_iter([Signal::SIGINT, Signal::SIGTERM, Signal::SIGHUP]);
     // Before any thread is there: all inherit it, and only the one that waits for them gets them.
     ending.thread_block().map_err(Failure::other)?;
+    on_screen(|terminal| watch(terminal, first, run_dir, *interval, style, ending))?;
+    Ok(Shown::from(String::new()))
+}
+
+/// Gives `work` the terminal, and takes it back as it was. Where `work` falls, or another thread meanwhile, ratatui's panic
+/// hook has done so before anything is said of that.
+fn on_screen(work: impl FnOnce(&mut ratatui::DefaultTerminal) -> Result<(), Failure>) -> Result<(), Failure> {
     let mut terminal = ratatui::try_init().map_err(refused)?;
-    let shown = watch(&mut terminal, first, run_dir, *interval, style, ending);
+    let shown = work(&mut terminal);
     let restored = ratatui::try_restore().map_err(refused);
     drop(terminal);
-    shown.and(restored)?;
-    Ok(Shown::from(String::new()))
+    shown.and(restored)
 }
 
 fn refused(error: std::io::Error) -> Failure {

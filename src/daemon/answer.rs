@@ -87,7 +87,7 @@ fn problems(turn: &Turn) -> Vec<String> {
         ));
     }
     let failed = turn.inputs.commands_failed.borrow();
-    failed.iter().cloned().for_each(&mut problem);
+    failed.iter().map(ToString::to_string).for_each(&mut problem);
     let tunnel = turn.tunnels.error().into_iter().chain(&turn.unfit);
     for error in turn
         .sockets
@@ -113,18 +113,10 @@ fn vitals(turn: &mut Turn) -> Vitals {
 
 /// What the guard has dropped, and what is to be said of it: nothing while that is none.
 fn dropped(turn: &mut Turn) -> (Option<firewall::Counters>, Option<String>) {
-    if turn.reconciler.node.plain().is_some() {
-        return (None, None);
-    }
-    let uplink = turn
-        .reconciler
-        .node
-        .uplink()
-        .map_or_else(|| "the uplink".to_owned(), |uplink| uplink.name.clone());
-    let kernel = turn.reconciler.kernel();
-    match kernel.dropped() {
-        Ok(dropped) => (Some(dropped), dropped.told(&uplink, &kernel.dropped_reset())),
-        Err(error) => (None, Some(unread(&error))),
+    match turn.dropped() {
+        None => (None, None),
+        Some(Ok(dropped)) => (Some(dropped), turn.told_of(&dropped)),
+        Some(Err(error)) => (None, Some(unread(&error))),
     }
 }
 

@@ -1,11 +1,13 @@
 //! Runs the commands of the extension backend, one at a time: no shell, bounded in time, tried again where they fail.
 
 use std::collections::{BTreeMap, BTreeSet};
-use std::process::Stdio;
+use std::fmt;
+use std::io;
+use std::process::{ExitStatus, Stdio};
 use std::sync::Arc;
 use std::time::Duration;
 
-use anyhow::{Context as _, Result, bail, ensure};
+use anyhow::{Context as _, Result};
 use serde_json::Value;
 use tokio::io::AsyncWriteExt as _;
 use tokio::process::Command;
@@ -18,6 +20,7 @@ use crate::backend::Plain;
 use crate::backend::extension::{Commands, data, input, words};
 use crate::lease::{Addresses, Lease, Network, NodeName, Roster, Subnets};
 use crate::node::Settings;
+use crate::reconcile::chain;
 use crate::repeats::{self, Repeats};
 use crate::uplink::{Uplink, UplinkError};
 
@@ -56,10 +59,87 @@ pub(super) async fn prepare(plain: Option<&Plain>) -> Result<Option<Value>> {
     Ok(Some(data(&output.context("PreStartupCommand")?)))
 }
 
+/// Why a command has not done what it is for.
+#[derive(Debug, thiserror::Error)]
+enum CommandError {
+    #[error("the command is empty")]
+    Empty,
+    #[error("start {program:?}: it is run without a shell, so that `;`, `|` and `$( )` mean nothing")]
+    Start {
+        program: String,
+        #[source]
+        source: io::Error,
+    },
+    #[error("run {program:?}")]
+    Run {
+        program: String,
+        #[source]
+        source: io::Error,
+    },
+    #[error("{program:?} was ended after {} s", LONGEST.as_secs())]
+    Long { program: String },
+    #[error("{program:?}: {status}: {said}")]
+    Status {
+        program: String,
+        status: ExitStatus,
+        said: String,
+    },
+}
+
+impl CommandError {
+    /// Without what the command printed, which may be anything, and other every time.
+    fn brief(&self) -> String {
+        match self {
+            Self::Status { program, status, .. } => format!("{program:?}: {status}"),
+            Self::Empty | Self::Start { .. } | Self::Run { .. } | Self::Long { .. } => chain(self),
+        }
+    }
+}
+
+/// A command that has failed and not done since.
+#[derive(Clone, Debug, Eq, PartialEq)]
+pub struct CommandFailed {
+    /// The key that it is under.
+    pub(super) what: &'static str,
+    /// The node that it is about; empty where it is about none.
+    pub(super) peer: String,
+    pub(super) error: String,
+    /// Without what it printed.
+    pub(super) brief: String,
+}
+
+impl fmt::Display for CommandFailed {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        if !self.peer.is_empty() {
+            write!(f, "node {}: ", self.peer)?;
+        }
+        let (what, seconds, error) = (self.what, AGAIN.as_secs(), &self.error);
+        write!(f, "{what} failed and is tried again every {seconds} s: {error}")
+    }
+}
+
+/// What is told of `failed` on the Node, where many can read it: not what a command printed. It stays the same while the
+/// first that fails does so in the same way.
+pub(super) fn told(failed: &[CommandFailed]) -> Option<String> {
+    let first = failed.first()?;
+    let others = if failed.len() > 1 { " and others" } else { "" };
+    let about = match first.peer.as_str() {
+        "" => String::new(),
+        peer => format!(" for node {peer}{others}"),
+    };
+    Some(format!(
+        "{} fails{about}, and is tried again every {} s: {}; `ringmail status` on this node has what it printed",
+        first.what,
+        AGAIN.as_secs(),
+        first.brief
+    ))
+}
+
 /// Runs `command` with `variables` in its words and in its environment, and nothing else of ours but PATH.
-async fn run(command: &str, variables: &Variables, stdin: &str) -> Result<Vec<u8>> {
+async fn run(command: &str, variables: &Variables, stdin: &str) -> Result<Vec<u8>, CommandError> {
     let words = words(command, variables);
-    let (program, arguments) = words.split_first().context("the command is empty")?;
+    let (program, arguments) = words.split_first().ok_or(CommandError::Empty)?;
+    let named = || program.clone();
     let mut child = Command::new(program)
         .args(arguments)
         .env_clear()
@@ -70,24 +150,34 @@ async fn run(command: &str, variables: &Variables, stdin: &str) -> Result<Vec<u8
         .stderr(Stdio::piped())
         .kill_on_drop(true)
         .spawn()
-        .with_context(|| {
-            format!("start {program:?}: it is run without a shell, so that `;`, `|` and `$( )` mean nothing")
+        .map_err(|source| CommandError::Start {
+            program: named(),
+            source,
         })?;
-    let mut pipe = child.stdin.take().context("its standard input")?;
+    let pipe = child.stdin.take();
     let fed = async {
         // A command need not read what it is given.
-        let _ = pipe.write_all(stdin.as_bytes()).await;
-        drop(pipe);
+        if let Some(mut pipe) = pipe {
+            let _ = pipe.write_all(stdin.as_bytes()).await;
+        }
         child.wait_with_output().await
     };
     let Ok(output) = timeout(LONGEST, fed).await else {
-        bail!("{program:?} was ended after {} s", LONGEST.as_secs());
+        return Err(CommandError::Long { program: named() });
     };
-    let output = output.with_context(|| format!("run {program:?}"))?;
+    let output = output.map_err(|source| CommandError::Run {
+        program: named(),
+        source,
+    })?;
+    if output.status.success() {
+        return Ok(output.stdout);
+    }
     let said = String::from_utf8_lossy(&output.stderr);
-    let said: String = said.trim().chars().take(200).collect();
-    ensure!(output.status.success(), "{program:?}: {}: {said}", output.status);
-    Ok(output.stdout)
+    Err(CommandError::Status {
+        program: named(),
+        status: output.status,
+        said: said.trim().chars().take(200).collect(),
+    })
 }
 
 /// What was said of commands that fail: of which, about which peer.
@@ -99,8 +189,8 @@ pub(super) struct Extension {
     pub(super) roster: watch::Receiver<Roster>,
     pub(super) holding: watch::Receiver<Option<Holding>>,
     pub(super) uplink: watch::Receiver<Result<Uplink, UplinkError>>,
-    /// Told of every command that has failed and not done since, for `status`.
-    pub(super) troubles: watch::Sender<Vec<String>>,
+    /// Told of every command that has failed and not done since.
+    pub(super) troubles: watch::Sender<Vec<CommandFailed>>,
 }
 
 impl Extension {
@@ -145,7 +235,7 @@ impl Extension {
         started: &mut Option<Commands>,
         done: &mut BTreeMap<NodeName, Arc<Lease>>,
         failing: &mut Failing,
-    ) -> Vec<String> {
+    ) -> Vec<CommandFailed> {
         let Some(own) = self.holding.borrow_and_update().as_ref().map(|holding| holding.subnets) else {
             return Vec::new();
         };
@@ -211,12 +301,11 @@ impl Extension {
     }
 }
 
-/// Runs a command about a peer; the error names both.
-async fn tell_of(what: &'static str, command: &str, lease: &Lease, failing: &mut Failing) -> Result<(), String> {
+/// Runs a command about a peer.
+async fn tell_of(what: &'static str, command: &str, lease: &Lease, failing: &mut Failing) -> Result<(), CommandFailed> {
     let variables = variables(None, &lease.subnets, &lease.public);
     let input = input(&lease.data.value());
-    let told = tell(what, lease.node.as_str(), command, &variables, &input, failing).await;
-    told.map_err(|trouble| format!("node {}: {trouble}", lease.node))
+    tell(what, lease.node.as_str(), command, &variables, &input, failing).await
 }
 
 /// Runs one command, about `peer` where it has a name, and logs what came of it; good also where there is none.
@@ -227,7 +316,7 @@ async fn tell(
     variables: &Variables,
     stdin: &str,
     failing: &mut Failing,
-) -> Result<(), String> {
+) -> Result<(), CommandFailed> {
     if command.is_empty() {
         return Ok(());
     }
@@ -237,8 +326,8 @@ async fn tell(
             info!(peer, command, ?variables, "{what} has run");
             Ok(())
         }
-        Err(error) => {
-            let error = format!("{error:#}");
+        Err(wrong) => {
+            let error = chain(&wrong);
             let repeats = failing.entry((what, peer.to_owned())).or_default();
             if let Some(told) = repeats.failed(&error, repeats::now()) {
                 error!(
@@ -250,10 +339,44 @@ async fn tell(
                     "{what} failed; trying again"
                 );
             }
-            Err(format!(
-                "{what} failed and is tried again every {} s: {error}",
-                AGAIN.as_secs()
-            ))
+            Err(CommandFailed {
+                what,
+                peer: peer.to_owned(),
+                brief: wrong.brief(),
+                error,
+            })
         }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    async fn failed(peer: &str, command: &str) -> CommandFailed {
+        let (none, mut failing) = (Variables::new(), Failing::new());
+        let outcome = tell("SubnetAddCommand", peer, command, &none, "", &mut failing);
+        outcome.await.expect_err("it fails")
+    }
+
+    #[tokio::test]
+    async fn what_a_command_printed_is_in_status_and_not_on_the_node() {
+        let refused = failed("b", "/bin/ls /the/secret").await;
+        let told = |all: &[CommandFailed]| told(all).expect("it is told");
+        let text = "SubnetAddCommand fails for node b, and is tried again every 5 s: \"/bin/ls\": exit status: 2; \
+                    `ringmail status` on this node has what it printed";
+        assert_eq!(told(std::slice::from_ref(&refused)), text);
+        let status = refused.to_string();
+        let begins = "node b: SubnetAddCommand failed and is tried again every 5 s: \"/bin/ls\": exit status: 2: ";
+        assert!(status.starts_with(begins) && status.contains("/the/secret"), "{status}");
+        let all = [refused, failed("c", "/bin/false").await];
+        assert_eq!(told(&all), text.replace("node b", "node b and others"));
+        let absent = told(&[failed("", "/no/program").await]);
+        assert!(
+            absent
+                .starts_with("SubnetAddCommand fails, and is tried again every 5 s: start \"/no/program\": it is run"),
+            "{absent}"
+        );
+        assert_eq!(super::told(&[]), None);
     }
 }

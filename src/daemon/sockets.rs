@@ -9,7 +9,7 @@ use std::time::Duration;
 
 use keys::Carrier;
 use tokio::net::UdpSocket;
-use tracing::{debug, error, info, warn};
+use tracing::{debug, info, warn};
 
 use super::manager::{self, Kept, Manager};
 use crate::kernel::encap::{self, Encap};
@@ -18,7 +18,7 @@ use crate::lease::Addresses;
 use crate::node::Datagram;
 use crate::probe;
 use crate::reconcile::chain;
-use crate::repeats::Repeats;
+use crate::repeats::{Repeats, log_came};
 
 /// A socket that could not be opened is tried again after this.
 const REOPEN: Duration = Duration::from_secs(2);
@@ -97,35 +97,25 @@ impl Sockets {
             }
             stays
         });
-        self.error = None;
+        let mut errors = Vec::new();
         let missing = |local: &SocketAddr| !self.encaps.iter().any(|encap| encap.local() == *local);
         for local in wanted.into_iter().filter(missing).collect::<Vec<_>>() {
             match self.take_back(local).map_or_else(|| self.open_encap(local), Ok) {
                 Ok(encap) => self.encaps.push(encap),
                 Err(wrong) => {
-                    let text = chain(&wrong);
-                    if let Some(told) = self.failing.failed(&text, now) {
-                        error!(
-                            error = text,
-                            times = told.times,
-                            seconds = told.seconds,
-                            "ESP in UDP can't be received"
-                        );
-                    }
-                    self.error = Some(text);
+                    errors.push(chain(&wrong));
                     self.reopen = Some(now + REOPEN);
                 }
             }
         }
-        if self.error.is_none()
-            && let Some(told) = self.failing.worked(now)
-        {
-            info!(
-                times = told.times,
-                seconds = told.seconds,
-                "ESP in UDP can be received again"
-            );
-        }
+        self.error = (!errors.is_empty()).then(|| errors.join("; "));
+        log_came!(
+            self.failing.came(self.error.as_deref(), now),
+            error,
+            [],
+            "ESP in UDP can't be received",
+            "ESP in UDP can be received again"
+        );
         if !wanted_any && now < UNCLAIMED && !self.kept.is_empty() {
             self.reopen.get_or_insert(UNCLAIMED);
         } else {

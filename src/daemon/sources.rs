@@ -22,7 +22,7 @@ use crate::lease::{Lease, Network, NodeName, Subnets};
 use crate::node::Settings;
 use crate::psk;
 use crate::reconcile::chain;
-use crate::repeats::{self, Came, Repeats};
+use crate::repeats::{self, Repeats, log_came};
 use crate::store::kube::{Kube, Secrets, Troubles, Wishes};
 use crate::store::{Claim, Health, Held, Store, StoreError};
 use crate::uplink::{Uplink, UplinkError};
@@ -236,20 +236,13 @@ pub(super) async fn follow_conf(
             }
             Err(error) => Some(format!("{error:#}")),
         };
-        match refused.came(error.as_deref(), repeats::now()) {
-            Came::Unchanged => {}
-            Came::Failed(error, told) => error!(
-                error,
-                times = told.times,
-                seconds = told.seconds,
-                "the new configuration is refused; the last good one stays in force"
-            ),
-            Came::Over(told) => info!(
-                times = told.times,
-                seconds = told.seconds,
-                "the configuration is right again"
-            ),
-        }
+        log_came!(
+            refused.came(error.as_deref(), repeats::now()),
+            error,
+            [],
+            "the new configuration is refused; the last good one stays in force",
+            "the configuration is right again"
+        );
         misconfigured.send_if_modified(|before| {
             let differs = *before != error;
             *before = error;

@@ -12,9 +12,11 @@ use std::time::{Duration, Instant};
 use keys::{Epoch, Slot};
 use ring::rand::{SecureRandom, SystemRandom};
 use tokio::sync::{mpsc, oneshot, watch};
-use tracing::{debug, error, info};
+use tracing::{debug, info};
 
 use super::books::{self, Books};
+use super::doubts::{Looks, Seen};
+use super::extension::CommandFailed;
 use super::sockets::{Sent, Sockets};
 use super::tunnels::Tunnels;
 use crate::admin::Command;
@@ -24,12 +26,11 @@ use crate::config::subnet_env::Written;
 use crate::kernel::netlink::{Events, Netlink};
 use crate::kernel::{Key, Look, Object, Scope};
 use crate::lease::{Lease, Revision, Roster, Subnets};
-use crate::node::report::Doubts;
 use crate::node::{Cause, Datagram, Settings};
 use crate::packed::MANY;
 use crate::psk;
 use crate::reconcile::{Reconciler, chain};
-use crate::repeats::{Came, Repeats};
+use crate::repeats::{Repeats, log_came};
 use crate::store::Health;
 use crate::store::kube::Datapath;
 use crate::uplink::{Uplink, UplinkError};
@@ -66,7 +67,7 @@ pub struct Inputs {
     /// The last error of a configuration that is not in force because of it.
     pub misconfigured: watch::Receiver<Option<String>>,
     /// Which of the operator's commands fail.
-    pub commands_failed: watch::Receiver<Vec<String>>,
+    pub commands_failed: watch::Receiver<Vec<CommandFailed>>,
     /// What the verbs ask.
     pub commands: mpsc::Receiver<Command>,
     /// Turns true when the daemon ends.
@@ -88,15 +89,6 @@ pub struct Outputs {
     pub doubts: watch::Sender<Seen>,
 }
 
-/// What the loop has seen that a person should look at.
-#[derive(Clone, Debug, Default, Eq, PartialEq)]
-pub struct Seen {
-    /// Why the newest configuration is not in force although it was accepted.
-    pub unfit: Option<String>,
-    /// In the keys and the roster.
-    pub doubts: Doubts,
-}
-
 /// A full look at the kernel, whatever the notifications said.
 const RESYNC: Duration = Duration::from_secs(300);
 /// How often the size of a packet filter that tells nobody is looked at.
@@ -105,8 +97,6 @@ const GLANCE: Duration = Duration::from_millis(200);
 const LOOK: Duration = Duration::from_secs(5);
 /// How long after a burst of changes memory is put in order: it may go on.
 const REST: Duration = Duration::from_secs(2);
-/// How often all peers are gone through for what is doubtful.
-const DOUBT: Duration = Duration::from_secs(10);
 
 /// The words for settings that the kernel can't do, and for their end.
 const UNFIT: (&str, &str) = ("the new configuration can't be used", "the configuration can be used");
@@ -117,7 +107,7 @@ pub(super) struct Turn {
     /// When memory is put in order, and how many operations were written when that was last asked for.
     tidy: (Option<Duration>, u64),
     pub(super) inputs: Inputs,
-    outputs: Outputs,
+    pub(super) outputs: Outputs,
     random: SystemRandom,
     began: Instant,
     seen: Revision,
@@ -138,8 +128,7 @@ pub(super) struct Turn {
     filter: Duration,
     /// When its size is looked at next; `None` where it tells of changes.
     glance: Option<Duration>,
-    /// When doubts are looked for next.
-    doubt: Duration,
+    pub(super) looks: Looks,
     answers: Vec<Datagram>,
     pub(super) subnet_env_error: Option<String>,
     /// What was last seen in subnet.env, and when.
@@ -174,7 +163,7 @@ impl Turn {
             filter_every,
             filter: filter_every,
             glance,
-            doubt: Duration::ZERO,
+            looks: Looks::default(),
             inputs,
             outputs,
             random: SystemRandom::new(),
@@ -235,7 +224,7 @@ impl Turn {
             Some(self.filter),
             self.glance,
             self.tidy.0,
-            (!self.outputs.doubts.is_closed()).then_some(self.doubt),
+            self.doubts_due(),
         ];
         let due = due.into_iter().flatten().min().unwrap_or(self.resync);
         let sleep = tokio::time::sleep(due.saturating_sub(now).max(Duration::from_millis(1)));
@@ -519,24 +508,6 @@ impl Turn {
         });
     }
 
-    /// Says what is doubtful, where anyone listens.
-    fn tell_doubts(&mut self) {
-        let now = self.now();
-        if now < self.doubt || self.outputs.doubts.is_closed() {
-            return;
-        }
-        self.doubt = now + DOUBT;
-        let seen = Seen {
-            unfit: self.unfit.clone(),
-            doubts: self.reconciler.node.doubts(),
-        };
-        self.outputs.doubts.send_if_modified(|before| {
-            let differs = *before != seen;
-            *before = seen;
-            differs
-        });
-    }
-
     /// Keeps subnet.env as it should be, once the node's own objects stand.
     fn write_subnet_env(&mut self) {
         let subnets = self.reconciler.node.subnets();
@@ -592,9 +563,11 @@ fn told(
     trouble: Option<&str>,
     now: Duration,
 ) {
-    match troubles.entry(what).or_default().came(trouble, now) {
-        Came::Unchanged => {}
-        Came::Failed(error, told) => error!(error, times = told.times, seconds = told.seconds, "{what}"),
-        Came::Over(told) => info!(times = told.times, seconds = told.seconds, "{over}"),
-    }
+    log_came!(
+        troubles.entry(what).or_default().came(trouble, now),
+        error,
+        [],
+        "{what}",
+        "{over}"
+    );
 }

@@ -32,6 +32,13 @@ const SPREAD: Duration = Duration::from_secs(10);
 /// See [`SPREAD`].
 const EACH: Duration = Duration::from_millis(100);
 
+/// Who changes the keys of one node after the other needs time for it: it is no news before this part of PSKGrace has
+/// passed that others still need a key.
+const PATIENCE: u32 = 4;
+
+/// So many nodes that need a key are named: they are the last, where the keys change everywhere.
+const LAST: usize = 3;
+
 /// How many names of dropped keys are remembered, to say why a peer is cut.
 const REMEMBERED: usize = 64;
 
@@ -222,6 +229,32 @@ impl Node {
             .filter(|(_, known)| needs(known))
             .map(|(name, _)| name)
             .collect()
+    }
+
+    /// What is doubtful at `now` about keys that were taken away and that others need after some of PSKGrace.
+    pub(super) fn overdue(&self, now: Duration) -> Option<String> {
+        let grace = self.settings.psk_grace;
+        let mut overdue = Vec::new();
+        for (psk, withdrawn) in self.psks.all[self.psks.filed()..].iter().zip(&self.psks.withdrawn) {
+            if withdrawn.ending || now < withdrawn.since + grace / PATIENCE {
+                continue;
+            }
+            let needers: Vec<String> = self.needers(psk.kid()).into_iter().map(ToString::to_string).collect();
+            let needers = match needers.len() {
+                0 => continue,
+                1 => format!("node {} still needs", needers[0]),
+                2..=LAST => format!("nodes {} still need", needers.join(", ")),
+                // A number, or the first names, would be others every second while nodes change their keys.
+                _ => format!("more than {LAST} nodes, which `ringmail status` names, still need"),
+            };
+            overdue.push(format!(
+                "{needers} key {}, which was taken from this node: give them a newer one, before they are cut {} s after \
+                 that (PSKGrace)",
+                psk.kid(),
+                grace.as_secs()
+            ));
+        }
+        (!overdue.is_empty()).then(|| overdue.join("; "))
     }
 
     /// Looks at who needs what was withdrawn, and ends what nobody needs or has been held long enough.

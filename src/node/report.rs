@@ -72,6 +72,10 @@ pub struct Report {
 pub struct Doubts {
     /// About the PSKs held.
     pub psks: Option<String>,
+    /// About PSKs that were taken away, and that others still need.
+    pub withdrawn: Option<String>,
+    /// About the next epoch.
+    pub epoch: Option<String>,
     /// About the own lease.
     pub lease: Option<String>,
     /// About the leases of others.
@@ -236,8 +240,12 @@ impl Node {
         if self.held.is_none() {
             lacks.push("no lease yet".to_owned());
         }
-        lacks.extend(self.stalled().map(|why| format!("no new epoch can begin: {why}")));
+        lacks.extend(self.no_epoch());
         lacks
+    }
+
+    fn no_epoch(&self) -> Option<String> {
+        self.stalled().map(|why| format!("no new epoch can begin: {why}"))
     }
 
     /// Which peers are served in plaintext, where that is allowed.
@@ -269,11 +277,11 @@ impl Node {
         ))
     }
 
-    /// What is doubtful about PSKs and leases now. Goes through all peers.
-    pub fn doubts(&self) -> Doubts {
+    /// What is doubtful about PSKs, epochs and leases at `now`. Goes through all peers.
+    pub fn doubts(&self, now: Duration) -> Doubts {
         let held = match self.plain() {
             Some(_) => return Doubts::default(),
-            None => self.psk_reports(Duration::ZERO),
+            None => self.psk_reports(now),
         };
         // A lease that says nothing yet is no one's mistake.
         let mut refused = self
@@ -282,14 +290,17 @@ impl Node {
         let first = refused
             .next()
             .map(|(name, refusal)| format!("the lease of node {name} is refused: {refusal}"));
-        let more = match refused.count() {
-            0 => String::new(),
-            count => format!("; and {count} more: `ringmail status` names them"),
+        // No number: while many change it would be another one every time.
+        let more = match refused.next() {
+            None => "",
+            Some(_) => "; and others are: `ringmail status` names them",
         };
         Doubts {
             psks: psks::alone(&held, self.foreign()),
+            withdrawn: self.overdue(now),
+            epoch: self.no_epoch(),
             lease: self.contested(),
-            peers: first.map(|first| first + &more),
+            peers: first.map(|first| first + more),
         }
     }
 

@@ -28,7 +28,7 @@ use super::mirror::{Mirror, Own};
 use super::notice::{FolderWatch, Scope};
 use super::{Claim, Health, Held, StoreError, Trouble, format};
 use crate::lease::{BackendData, Lease, Network, NodeName, Roster, Subnets};
-use crate::repeats::{self, Came, Repeats};
+use crate::repeats::{self, Repeats, log_came};
 
 /// How long the folder is trusted to report its changes.
 pub const REREAD: Duration = Duration::from_secs(30);
@@ -275,16 +275,13 @@ impl Shared {
         *failures += u64::from(error.is_some());
         let (text, store) = (error.map(StoreError::chain), self.path.display());
         let mut said = self.said.lock().expect("no holder panics");
-        match said.of(half).came(text.as_deref(), repeats::now()) {
-            Came::Unchanged => {}
-            Came::Failed(error, told) => {
-                warn!(%store, error, times = told.times, seconds = told.seconds,
-                      "can't {what} the lease store; going on with what is known");
-            }
-            Came::Over(told) => {
-                info!(%store, times = told.times, seconds = told.seconds, "can {what} the lease store again");
-            }
-        }
+        log_came!(
+            said.of(half).came(text.as_deref(), repeats::now()),
+            warn,
+            [%store,],
+            "can't {what} the lease store; going on with what is known",
+            "can {what} the lease store again"
+        );
         let before = trouble.take();
         *trouble = text.map(|error| Trouble {
             error,

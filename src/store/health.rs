@@ -3,10 +3,8 @@
 use std::sync::Mutex;
 use std::time::{Duration, Instant};
 
-use tracing::{info, warn};
-
 use super::StoreError;
-use crate::repeats::{self, Came, Repeats};
+use crate::repeats::{self, Repeats, log_came};
 
 /// Whether a store works, one answer for reading and one for writing.
 #[derive(Clone, Debug, Default, Eq, PartialEq)]
@@ -105,18 +103,13 @@ impl Pulse {
         *failures += u64::from(error.is_some());
         let text = error.map(StoreError::chain);
         let mut said = self.said.lock().expect("no holder panics");
-        match said.of(half).came(text.as_deref(), repeats::now()) {
-            Came::Unchanged => {}
-            Came::Failed(error, told) => {
-                warn!(
-                    error,
-                    times = told.times,
-                    seconds = told.seconds,
-                    "{server}: going on with what is known"
-                );
-            }
-            Came::Over(told) => info!(times = told.times, seconds = told.seconds, "{server} answers again"),
-        }
+        log_came!(
+            said.of(half).came(text.as_deref(), repeats::now()),
+            warn,
+            [],
+            "{server}: going on with what is known",
+            "{server} answers again"
+        );
         let before = trouble.take();
         *trouble = text.map(|error| Trouble {
             error,

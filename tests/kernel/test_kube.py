@@ -12,6 +12,7 @@ import time
 
 import pytest
 
+import frames
 from cluster import APISERVER, PREFIX, Cluster, PluginPod, account, arguments, confined, key, mount
 from flow import Flow
 from rig import eventually
@@ -87,7 +88,7 @@ def test_three_daemons_hold_an_encrypted_mesh_over_nodes(cluster):
 def test_keys_of_a_secret_are_watched_through_the_api(cluster):
     lab, kube = cluster
     conf, keys = kube.folder / "conf", {number: key() for number in (1, 2)}
-    mount(conf, ("net-conf.json", b'{"Network": "10.244.0.0/16", "Backend": {"Type": "ipsec"}}'))
+    mount(conf, ("net-conf.json", b'{"Network": "10.244.0.0/16", "Backend": {"Type": "ipsec", "PSKGrace": "80s"}}'))
     flags = ["--kubeconfig-file", kube.kubeconfig, "--net-config-path", conf / "net-conf.json", "--psk-secret", "default/psk"]
     # All there is to log.
     env = {"RINGMAIL_LOG": "trace"}
@@ -153,6 +154,23 @@ def test_keys_of_a_secret_are_watched_through_the_api(cluster):
         gone = [prk(texts[0]), *texts, *(base64.b64encode(text + b"\n")[:64] for text in texts)]
         left = [at for at, secret in enumerate(gone) if in_memory(node.pid, secret)]
         assert not left, f"{node} has {left} in its memory"
+    a_node_tells_of_a_key_that_a_peer_still_needs_and_of_plaintext(lab, kube, second, ["--kube-subnet-mgr", *flags])
+
+
+def a_node_tells_of_a_key_that_a_peer_still_needs_and_of_plaintext(lab, kube, kid, flags):
+    """Nobody asks the daemon meanwhile: it reads the guard's numbers by itself."""
+    one, two, _ = lab.nodes
+    two.stop()
+    kube.give("psk", {"key-3": key()})
+    lab.spoof(1, frames.udp(lab.pod(2).address(), lab.pod(1).address()), count=3)
+    tells = lambda what, timeout=70: eventually(f"{what} on the Node", lambda: what in (shown := kube.events(one)) and shown, timeout, 1)  # noqa: E731
+    shown = tells("Warning PlaintextDropped: the guard has dropped 3 packets of the mesh that came in by eth0 without ESP")
+    one.run(re.search("PlaintextDropped: .*set the count back: (.*)", shown)[1])
+    tells(f"Warning PSKStillNeeded: node {two} still needs key {kid}, which was taken from this node: give them a newer one")
+    tells("Normal PlaintextCleared: the guard counts no dropped plaintext any more")
+    two.start(*flags, env={"NODE_NAME": str(two)})
+    tells("Normal PSKLetGo: no pre-shared key that was taken from this node is held any more")
+    assert kube.events(one).count("Plaintext") == 2, "neither is told twice"
 
 
 BACKENDS = {"udp": "E6", "host-gw": "E4", "vxlan": "E1"}

@@ -4,6 +4,9 @@ UDPEncap "auto", under which a peer is asked every two seconds and not every fif
 
 import json
 import os
+import re
+import shutil
+import subprocess
 
 import pytest
 
@@ -88,6 +91,27 @@ def test_plaintext_that_the_guard_drops_is_told_by_status_and_audit_until_the_co
     node.run(told.split("set the count back: ")[1])
     eventually("it is forgotten", lambda: node.status()["problems"] == [], 5)
     assert node.audit()["ok"], "and nothing else of the packet filter was changed"
+
+
+def test_a_guard_whose_numbers_can_not_be_read_is_told_by_status_and_audit(lab):
+    node = lab.node(1)
+    program = os.path.realpath(shutil.which("iptables-legacy-save"))
+    # As the daemon sees it: what it runs to read them fails.
+    inside = ["nsenter", "--mount", "--target", str(node.pid)]
+    subprocess.run([*inside, "mount", "--bind", "/bin/false", program], check=True)
+    try:
+        (told,) = node.status()["problems"]
+        assert re.match(r"what the guard has dropped can't be read: packet filter \(iptables\): \S+-save \(exit code 1\)", told), told
+        assert node.status()["plaintext"] is None, "not known is not none"
+        shown = node.ringmail("status", check=False)
+        assert shown.returncode == 1 and "problem: what the guard has dropped can't be read" in shown.stdout, shown
+        audit = node.ringmail("audit", check=False)
+        assert audit.returncode != 0 and "read the packet filter" in audit.stderr, audit
+        assert lab.pod(1).ping(lab.pod(2)) == 1, "the guard itself stands"
+    finally:
+        subprocess.run([*inside, "umount", program], check=True)
+    assert node.status()["problems"] == [] and node.status()["plaintext"]["arriving"]["packets"] == 0
+    assert node.audit()["ok"]
 
 
 def test_loss_on_the_way_is_shown_as_the_share_of_probes_without_an_answer(lab):

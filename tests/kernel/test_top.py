@@ -203,8 +203,8 @@ def test_top_and_watch_follow_a_mesh_through_restarts_and_an_outage_of_the_store
     terminal.shows("^AWAY +seen .* ago: no daemon answers at ")
     eventually("an error", lambda: "error" in json.loads(documents.lines()[-1]))
     one.start(*lab.flags, env={"RINGMAIL_LOG_FORMAT": "json"})
-    lab.meshed()
-    eventually("it is back", lambda: "AWAY" not in terminal.text())
+    lab.meshed(timeout=60)
+    eventually("it is back", lambda: "AWAY" not in terminal.text(), 20)
     assert len(terminal.names()) == 2
     eventually("a report", lambda: json.loads(documents.lines()[-1])["node"] == str(one))
     plain.end()

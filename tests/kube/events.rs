@@ -207,3 +207,48 @@ fn the_daemon_tells_of_wrong_edits_a_moved_subnet_and_a_broken_datapath() {
         );
     });
 }
+
+#[test]
+#[ignore = "needs kube-apiserver"]
+fn the_daemon_tells_of_a_command_that_fails_and_of_an_uplink_that_goes() {
+    mesh::alone(async {
+        let server = Server::start_at("0.0.0.0").await;
+        server.add("told2", "10.10.2.0/24").await;
+        let mut host = mesh::Host::new(&server, 2);
+        // Another way to the server.
+        host.plug("eth1", 102);
+        let running = |command: &str| {
+            let backend = json!({"Type": "extension", "PostStartupCommand": command});
+            json!({"Network": "10.10.0.0/16", "Backend": backend}).to_string()
+        };
+        host.configure(&running("/bin/ls /the/secret"));
+        host.start(&server, &[("NODE_NAME", "told2")]);
+        let shown = async || described(&server, "told2").await;
+        let shows = async |what: &str| host.eventually(what, async || shown().await.contains(what)).await;
+        let held = async || host.subnet_env().contains("FLANNEL_SUBNET=10.10.2.1/24");
+        host.eventually("a lease is held", held).await;
+        host.by_eth0(false);
+        let took =
+            shows("Warning NoUplink x1: no uplink now, the last one stays in use: Failed to find interface").await;
+        assert!(shown().await.contains("interface eth0 is down: `ip link set eth0 up`"));
+        assert!(took > Duration::from_secs(9), "a moment without is no news: {took:?}");
+        shows(
+            "Warning CommandFailed x1: PostStartupCommand fails, and is tried again every 5 s: \"/bin/ls\": exit status: 2; \
+             `ringmail status` on this node has what it printed",
+        )
+        .await;
+        assert!(!shown().await.contains("/the/secret"), "what it printed is not for all");
+        let status = host.status();
+        assert!(
+            status.contains("/the/secret") && status.contains("no uplink now"),
+            "{status}"
+        );
+
+        host.configure(&running("/bin/true"));
+        shows("Normal CommandsRun x1: no command of the extension backend fails any more").await;
+        host.by_eth0(true);
+        shows("Normal UplinkFound x1: there is an uplink again").await;
+        let shown = shown().await;
+        assert_eq!(shown.lines().count(), 4, "nothing else, and nothing twice:\n{shown}");
+    });
+}

@@ -102,21 +102,31 @@ impl Host {
             variables: Vec::new(),
         };
         fs::create_dir_all(host.folder.join("conf")).expect("a folder");
-        let there = format!("/proc/{}/fd/{}", std::process::id(), host.network.as_raw_fd());
-        command(&format!(
-            "ip link add port{number} type veth peer name eth0 netns {there}"
-        ));
-        command(&format!("ip link set port{number} master wire up"));
-        for line in [
-            "ip link set lo up",
-            &format!("ip address add 192.168.77.{number}/24 dev eth0"),
-            "ip link set eth0 up",
-            &format!("ip route add default via {WIRE}"),
-        ] {
-            let (good, text) = host.attempt(line);
-            assert!(good, "{line}: {text}");
-        }
+        host.expect("ip link set lo up");
+        host.plug("eth0", number);
+        host.by_eth0(true);
         host
+    }
+
+    /// An interface on the wire, at 192.168.77.`last`.
+    pub(crate) fn plug(&self, interface: &str, last: u8) {
+        let there = format!("/proc/{}/fd/{}", std::process::id(), self.network.as_raw_fd());
+        command(&format!(
+            "ip link add port{last} type veth peer name {interface} netns {there}"
+        ));
+        command(&format!("ip link set port{last} master wire up"));
+        self.expect(&format!("ip address add 192.168.77.{last}/24 dev {interface}"));
+        self.expect(&format!("ip link set {interface} up"));
+    }
+
+    /// The uplink goes up, with the default route, or down.
+    pub(crate) fn by_eth0(&self, up: bool) {
+        if up {
+            self.expect("ip link set eth0 up");
+            self.expect(&format!("ip route add default via {WIRE} dev eth0"));
+        } else {
+            self.expect("ip link set eth0 down");
+        }
     }
 
     /// Runs `work` in the node's network.
@@ -126,6 +136,11 @@ impl Host {
             work()
         };
         std::thread::scope(|scope| scope.spawn(there).join().expect("no panic"))
+    }
+
+    fn expect(&self, line: &str) {
+        let (good, text) = self.attempt(line);
+        assert!(good, "{line}: {text}");
     }
 
     pub(crate) fn attempt(&self, line: &str) -> (bool, String) {

@@ -1,5 +1,9 @@
 //! What `top` shows, as golden files in tests/golden/top, and that nothing typed or told makes it fall over.
 
+mod keys;
+mod shown;
+mod terminal;
+
 use std::time::{Duration, Instant};
 
 use proptest::prelude::*;

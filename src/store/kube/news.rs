@@ -24,12 +24,22 @@ pub enum Topic {
     Psk,
     /// The PSKs in use are those of no other node.
     Alone,
+    /// A PSK that was taken away is still needed by others.
+    Withdrawn,
+    /// No new epoch can begin.
+    Epoch,
+    /// The interface that carries the mesh.
+    Uplink,
     /// The own subnet has moved.
     Subnet,
     /// The own lease.
     Lease,
     /// Leases of other nodes.
     Peers,
+    /// The operator's commands of the extension backend.
+    Commands,
+    /// Plaintext of the mesh at the uplink, which the guard drops.
+    Plaintext,
     /// The datapath.
     Datapath,
 }
@@ -38,23 +48,29 @@ pub enum Topic {
 pub type Troubles = BTreeMap<Topic, String>;
 
 impl Topic {
-    const ALL: [Self; 7] = [
+    const ALL: [Self; 12] = [
         Self::Configuration,
         Self::Psk,
         Self::Alone,
+        Self::Withdrawn,
+        Self::Epoch,
+        Self::Uplink,
         Self::Subnet,
         Self::Lease,
         Self::Peers,
+        Self::Commands,
+        Self::Plaintext,
         Self::Datapath,
     ];
 
     /// How long something must be so before it is told: what is repaired at once is no news.
     const fn grace(self) -> Duration {
         Duration::from_secs(match self {
-            Self::Configuration | Self::Psk | Self::Subnet => 0,
-            Self::Lease | Self::Datapath => 10,
+            Self::Configuration | Self::Psk | Self::Subnet | Self::Plaintext => 0,
+            // What fails is tried again every 5 s.
+            Self::Commands | Self::Datapath | Self::Epoch | Self::Lease | Self::Uplink | Self::Withdrawn => 10,
             // Two nodes do not see a change at the same moment.
-            Self::Peers | Self::Alone => 60,
+            Self::Alone | Self::Peers => 60,
         })
     }
 
@@ -76,6 +92,17 @@ impl Topic {
                 "PSKShared",
                 "other nodes have a pre-shared key of this one",
             ),
+            Self::Withdrawn => (
+                "PSKStillNeeded",
+                "PSKLetGo",
+                "no pre-shared key that was taken from this node is held any more for nodes that have no newer one",
+            ),
+            Self::Epoch => (
+                "EpochStalled",
+                "EpochsGoOn",
+                "nothing keeps a new epoch from beginning any more",
+            ),
+            Self::Uplink => ("NoUplink", "UplinkFound", "there is an uplink again"),
             Self::Subnet => (
                 "SubnetMoved",
                 "SubnetTaken",
@@ -86,6 +113,16 @@ impl Topic {
                 "PeerLeaseRefused",
                 "PeerLeasesAccepted",
                 "no lease of another node is refused any more",
+            ),
+            Self::Commands => (
+                "CommandFailed",
+                "CommandsRun",
+                "no command of the extension backend fails any more",
+            ),
+            Self::Plaintext => (
+                "PlaintextDropped",
+                "PlaintextCleared",
+                "the guard counts no dropped plaintext any more",
             ),
             Self::Datapath => ("DatapathBroken", "DatapathRestored", "the datapath is in order again"),
         }
