@@ -354,7 +354,7 @@ impl Column {
     fn cell(self, peer: &PeerReport, rate: Option<Rate>) -> (String, Tone) {
         let none = || "-".to_owned();
         let tone = match self {
-            Self::State => status::tone(peer.state),
+            Self::State => status::tone(peer),
             Self::Loss if peer.loss.unwrap_or_default() > 0.0 => Tone::Doubtful,
             Self::Errors if peer.errors > 0 => Tone::Doubtful,
             _ => Tone::Plain,
