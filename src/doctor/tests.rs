@@ -360,7 +360,7 @@ pub(crate) fn cases() -> Vec<(&'static str, Facts)> {
         }),
         with("peer-silent", &|f| {
             let peer = &mut report(f).peers[0];
-            (peer.silent, peer.loss) = (true, Some(0.6));
+            (peer.silent, peer.loss, peer.heard) = (true, Some(0.6), Some(52.0));
             peer.reason = Some("silent for 52 s: is the node up, does its daemon run, does ESP (or UDP) pass?".into());
             f.echoes.insert("192.0.2.2".parse().unwrap(), true);
         }),
@@ -622,6 +622,12 @@ fn a_peer_that_is_silent_is_told_of_once_and_by_what_its_address_answers() {
         let found = examine(&facts);
         assert_eq!(found.len(), 1, "{found:?}");
         assert!(found[0].why.starts_with(why), "{found:?}");
+        report(&mut facts).peers[0].heard = Some(4.0);
+        let found = examine(&facts);
+        assert!(
+            found[0].why.starts_with("something at the peer, or on the way there"),
+            "{found:?}"
+        );
     }
 }
 
@@ -802,22 +808,22 @@ fn a_filter_is_followed_as_the_kernel_follows_it() {
 #[test]
 fn a_filter_of_very_many_chains_is_read_in_a_moment() {
     let mut text = String::from("*filter\n:INPUT ACCEPT [0:0]\n");
-    for number in 0..5000 {
+    for number in 0..20_000 {
         text += &format!(":KUBE-{number} - [0:0]\n");
     }
     for number in 0..20_000 {
         text += &format!(
             "[0:0] -A KUBE-{} -d 10.96.0.{}/32 -j RETURN\n",
-            number % 5000,
+            number % 20_000,
             number % 250
         );
     }
-    text += "[0:0] -A INPUT -j KUBE-4999\n[7:700] -A INPUT -p esp -j DROP\nCOMMIT\n";
+    text += "[0:0] -A INPUT -j KUBE-19999\n[7:700] -A INPUT -p esp -j DROP\nCOMMIT\n";
     let mut facts = healthy();
     facts.filters = vec![FilterText { text, ..iptables(&[]) }];
     let began = std::time::Instant::now();
     assert_eq!(examine(&facts).len(), 1);
-    assert!(began.elapsed().as_secs() < 5, "{:?}", began.elapsed());
+    assert!(began.elapsed().as_secs() < 15, "{:?}", began.elapsed());
 }
 
 #[test]

@@ -136,9 +136,9 @@ async fn who_reads_metrics_again_and_again_does_not_keep_health_out() {
         }
     }
     let health = tokio::spawn(get(address, "/healthz"));
-    match commands.recv().await {
-        Some(Command::Health { reply }) => drop(reply.send(vitals())),
-        other => panic!("{other:?} came before the question for health"),
+    match timeout(TURN / 2, commands.recv()).await {
+        Ok(Some(Command::Health { reply })) => drop(reply.send(vitals())),
+        other => panic!("{other:?} in the place of the question for health"),
     }
     assert_eq!(health.await.expect("no panic").0, 200);
     replies.into_iter().for_each(|reply| drop(reply.send(measures())));

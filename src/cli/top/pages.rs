@@ -188,6 +188,7 @@ fn help(model: &Model, width: u16) -> Vec<Line<'static>> {
                 "data goes, and is changing to a newer generation".into(),
                 Tone::Doubtful,
             ),
+            ("silent", "data goes, and it has stopped answering".into(), Tone::Bad),
             ("kept", "data goes on keys of an earlier process".into(), Tone::Doubtful),
             ("waiting", "no data yet: no probe has come back".into(), Tone::Doubtful),
             (

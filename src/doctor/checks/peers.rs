@@ -11,6 +11,8 @@ const LOSS: f64 = 0.05;
 /// A round trip this many times the median of all is an outlier, if it is this much longer too, milliseconds.
 const OUTLIER: f64 = 5.0;
 const LONGER: f64 = 20.0;
+/// Who was heard within so long, seconds, still sends.
+const HEARD: f64 = 30.0;
 /// A round trip that is long whatever the others' are, milliseconds.
 const LONG: f64 = 500.0;
 
@@ -97,18 +99,24 @@ fn silent(facts: &Facts, peer: &PeerReport, reason: &str) -> Finding {
         name,
         format!("peer {name} has stopped answering"),
     );
+    let tcpdump = format!(
+        "tcpdump -ni any 'host {address} and (esp or udp port 4500)'; the same, and ringmail doctor, on the peer"
+    );
     match answers {
+        // What it sends comes, so it is the other way that is cut.
+        _ if peer.heard.is_some_and(|heard| heard < HEARD) => finding
+            .seen(reason)
+            .why("something at the peer, or on the way there alone, drops ESP or its UDP port: it does not get what pods send")
+            .run(tcpdump),
         Some(true) => finding
-            .seen(format!("{reason}; it answers ping at {address}"))
+            .seen(format!("{reason} ({address} answers ping)"))
             .why(
                 "its daemon does not run (what it left in its kernel still carries data, on keys that grow old), or something \
                  on the path or at the peer drops ESP or its UDP port",
             )
-            .run(format!(
-                "tcpdump -ni any 'host {address} and (esp or udp port 4500)'; the same, and ringmail doctor, on the peer"
-            )),
+            .run(tcpdump),
         Some(false) => finding
-            .seen(format!("{reason}; it does not answer ping at {address}"))
+            .seen(format!("{reason} ({address} does not answer ping)"))
             .why("the node is down, or the network between the two does not carry packets: its pods are out of reach")
             .run(format!("ping -c 3 {address}; ip route get {address}")),
         None => finding
