@@ -356,6 +356,8 @@ impl Node {
                 "the newest lease is refused, its last good one serves: {refusal}"
             ));
         } else if let Some(since) = known.vanished {
+            // It is let go before it counts as silent.
+            report.silent = false;
             report.reason = Some(format!(
                 "its lease is gone from the store for {} s, and it is served while it answers: look at the store; to \
                  let it go, stop its daemon",
@@ -461,8 +463,14 @@ impl Node {
         // A rest may have been long; an epoch of ours that began in it asks anew.
         let quiet = now.saturating_sub(peer.pair.heard()?.max(newest));
         let unanswered = peer.record.unanswered() >= UNANSWERED;
+        // Only then are its questions far apart: else a few go unanswered within a second, as while it starts.
+        let rests = peer.pair.settled()
+            && peer
+                .pair
+                .newest()
+                .is_some_and(|newest| self.open(peer, newest).len() == 1);
         match quiet < QUIET {
-            true if unanswered => Some(format!(
+            true if unanswered && rests => Some(format!(
                 "it is heard, and does not answer the last {} probes: what this node sends does not arrive there; look for a \
                  packet filter there or on the path",
                 peer.record.unanswered()

@@ -89,7 +89,7 @@ fn rule(line: &str, table: &str, program: &str) -> Option<(String, Rule)> {
             "-o" => asks.push(Ask::Out(vec![words.next()?.to_owned()], not)),
             "-p" => asks.push(protocol(words.next()?).map_or(Ask::Unknown, |number| Ask::Protocol(vec![number], not))),
             "--dport" | "--dports" => {
-                asks.push(ports(words.next()?).map_or(Ask::Unknown, |ports| Ask::Port(ports, not)))
+                asks.push(ports(words.next()?).map_or(Ask::Unknown, |ports| Ask::Port(ports, not)));
             }
             "-j" | "-g" => {
                 let target = words.next()?;
