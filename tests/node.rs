@@ -256,6 +256,32 @@ fn a_rotation_is_over_when_all_data_is_on_the_new_epoch() {
     mesh.settle();
 }
 
+#[test]
+fn a_start_while_a_peer_is_gone_for_long_is_no_rotation_that_somebody_holds_up() {
+    let mut mesh = Mesh::settled("gone-before", Families::V4, 3);
+    mesh.stop(2);
+    mesh.run(Duration::from_secs(30));
+    mesh.stop(0);
+    mesh.start(0);
+    let mut rotations = Rotations::default();
+    let process = mesh.members[0].process.as_ref().expect("it runs");
+    let began = process.began;
+    rotations.began(Cause::Start, &process.reconciler.node, mesh.now - began);
+    for _ in 0..120 {
+        mesh.run(Duration::from_secs(6));
+        let process = mesh.members[0].process.as_ref().expect("it runs");
+        rotations.look(&process.reconciler.node, mesh.now - began);
+    }
+    let process = mesh.members[0].process.as_ref().expect("it runs");
+    let report = process.reconciler.node.report(&Default::default(), mesh.now - began);
+    assert!(
+        report.peers.iter().any(|peer| peer.state == State::Kept),
+        "{:?}",
+        report.peers
+    );
+    assert_eq!(rotations.unfinished, 0);
+}
+
 /// How node `x` sees its first peer.
 fn seen(mesh: &Mesh, x: usize) -> PeerReport {
     let process = mesh.members[x].process.as_ref().expect("it runs");
@@ -284,18 +310,52 @@ fn loss_is_counted_where_data_goes_and_neither_rotation_nor_restart_is_a_loss() 
     assert_eq!(losses(&mesh), [Some(0.0), Some(0.0)]);
     mesh.blocked.insert((0, 1, Carrier::Esp));
     mesh.run(Duration::from_secs(70));
+    let peer = seen(&mesh, 0);
+    let reason = peer.reason.expect("its silence is named");
+    assert!(peer.silent && peer.state == State::Up, "{reason}");
+    assert!(
+        reason.starts_with("it is heard, and does not answer the last"),
+        "{reason}"
+    );
     mesh.blocked.clear();
     mesh.run(Duration::from_secs(30));
     let peer = seen(&mesh, 0);
     let lost = peer.loss.expect("it was asked");
     assert!((0.15..0.5).contains(&lost), "{lost}");
     assert_eq!(
-        (peer.state, peer.reason),
-        (State::Up, None),
-        "a number, and nobody's fault yet"
+        (peer.state, peer.reason, peer.silent),
+        (State::Up, None, false),
+        "it answers again: a number is left"
     );
     mesh.run(Duration::from_secs(360));
     assert_eq!(losses(&mesh), [Some(0.0), Some(0.0)], "the window has moved on");
+}
+
+#[test]
+fn a_peer_that_is_gone_is_called_silent_within_a_minute_also_in_the_middle_of_a_rotation() {
+    for rotate in [false, true] {
+        let mut mesh = Mesh::settled("gone", Families::V4, 2);
+        mesh.run(Duration::from_secs(300));
+        mesh.stop(1);
+        if rotate {
+            mesh.rotate(0, Cause::Asked);
+        }
+        mesh.run(Duration::from_secs(10));
+        assert!(!seen(&mesh, 0).silent, "it may be a restart");
+        mesh.run(Duration::from_secs(55));
+        let peer = seen(&mesh, 0);
+        let reason = peer.reason.expect("it is named");
+        assert!(peer.silent && reason.starts_with("silent for "), "{reason}");
+        assert_eq!(
+            peer.state,
+            if rotate { State::Moving } else { State::Up },
+            "data goes on"
+        );
+        mesh.start(1);
+        mesh.run(Duration::from_secs(30));
+        let peer = seen(&mesh, 0);
+        assert_eq!((peer.state, peer.reason, peer.silent), (State::Up, None, false));
+    }
 }
 
 #[test]

@@ -32,6 +32,8 @@ use crate::store::kube::Datapath;
 
 /// Connections served at a time; more wait in the socket's queue.
 const CLIENTS: usize = 16;
+/// Of those, so many that read metrics: each has the loop dump all SAs, and health must not wait behind many.
+const READERS: usize = 4;
 /// How long a connection may live: a request is answered in a moment.
 const CONVERSATION: Duration = Duration::from_secs(30);
 /// How long a client may take for its request's head.
@@ -66,6 +68,7 @@ pub async fn bind(address: SocketAddr) -> Result<TcpListener, HttpError> {
 /// Serves until it is dropped.
 pub async fn serve(listener: TcpListener, way: Loop, per_peer: PerPeer) {
     let (slots, mut failing) = (Arc::new(Semaphore::new(CLIENTS)), Repeats::default());
+    let readers = Arc::new(Semaphore::new(READERS));
     loop {
         let slot = slots
             .clone()
@@ -83,10 +86,10 @@ pub async fn serve(listener: TcpListener, way: Loop, per_peer: PerPeer) {
                 continue;
             }
         };
-        let way = way.clone();
+        let (way, readers) = (way.clone(), readers.clone());
         tokio::spawn(async move {
             let _slot = slot;
-            let service = service_fn(|request| answer(request, &way, per_peer));
+            let service = service_fn(|request| answer(request, &way, &readers, per_peer));
             let mut server = http1::Builder::new();
             server
                 .timer(TokioTimer::new())
@@ -105,6 +108,7 @@ pub async fn serve(listener: TcpListener, way: Loop, per_peer: PerPeer) {
 async fn answer(
     request: Request<Incoming>,
     way: &Loop,
+    readers: &Semaphore,
     per_peer: PerPeer,
 ) -> Result<Response<Full<Bytes>>, Infallible> {
     if ![Method::GET, Method::HEAD].contains(request.method()) {
@@ -119,6 +123,10 @@ async fn answer(
         "/healthz" => healthy(vitals.await),
         "/readyz" => ready(vitals.await),
         "/metrics" => {
+            let Ok(_reader) = readers.try_acquire() else {
+                let why = format!("{READERS} others read metrics now: try again");
+                return Ok(text(StatusCode::SERVICE_UNAVAILABLE, &why));
+            };
             let measures = ask(way, |reply| Command::Measure { reply }).await.ok().flatten();
             let mut response = Response::new(Full::from(metrics::text(measures, Host::read(), per_peer)));
             response

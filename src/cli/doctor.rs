@@ -20,6 +20,8 @@ it sends each one ping. Counters are watched for a moment: what only stands abov
 
 Exit code: 0 where nothing is found, else 1.
 
+JSON: {findings: [{severity: broken, degraded or notice, check, subject, title, evidence, why, command}], notes: [text]}
+
 Examples:
   ringmail doctor
   ringmail doctor --json | jq -r '.findings[].command'

@@ -22,10 +22,10 @@ use crate::tunnel::{self, Offload};
 #[command(after_help = "\
 States: up (data goes, on the newest generation), moving (data goes, and is changing to a newer one), kept (data goes
 on keys of an earlier process), waiting (no data yet), plain (data goes, unencrypted, as the backend has it), refused
-(its lease is not believed, or can't be served).
+(its lease is not believed, or can't be served). One that is up or moving and stops answering is told of below its row.
 
-Exit code: 0 where every peer is up or moving and nothing is wrong with the node, else 1. `--watch` runs until a signal
-ends it, and goes on when the daemon is not there for a while.
+Exit code: 0 where every peer is up, moving or plain and has nothing told of it, and nothing is wrong with the node, else
+1. `--watch` runs until a signal ends it, and goes on when the daemon is not there for a while.
 
 Examples:
   ringmail status
@@ -146,6 +146,9 @@ pub(super) fn well_peer(peer: &PeerReport) -> bool {
     matches!(peer.state, State::Up | State::Moving | State::Plain) && peer.reason.is_none()
 }
 
+/// How the problem begins that tells of an outage of the store.
+const OUTAGE: &str = "the store can't be ";
+
 pub(super) fn render(report: &Report, style: Style) -> String {
     let mut text = head(report);
     for problem in &report.problems {
@@ -241,10 +244,13 @@ fn head(report: &Report) -> String {
         ),
         (
             "store",
-            if report.complete {
-                "read whole"
-            } else {
-                "not read whole yet"
+            match (
+                report.complete,
+                report.problems.iter().any(|problem| problem.starts_with(OUTAGE)),
+            ) {
+                (true, false) => "read whole",
+                (true, true) => "was read whole, and can't be reached now",
+                (false, _) => "not read whole yet",
             }
             .into(),
         ),
@@ -306,10 +312,14 @@ pub(super) fn summary(peers: &[PeerReport]) -> String {
     for peer in peers {
         *by_state.entry(peer.state).or_default() += 1;
     }
-    let counts: Vec<String> = by_state
+    let mut counts: Vec<String> = by_state
         .iter()
         .map(|(state, n)| format!("{n} {}", state.word()))
         .collect();
+    let silent = peers.iter().filter(|peer| peer.silent).count();
+    if silent > 0 {
+        counts.push(format!("{silent} of them silent"));
+    }
     if counts.is_empty() {
         "none".into()
     } else {
@@ -317,8 +327,9 @@ pub(super) fn summary(peers: &[PeerReport]) -> String {
     }
 }
 
-pub(super) fn tone(state: State) -> Tone {
-    match state {
+pub(super) fn tone(peer: &PeerReport) -> Tone {
+    match peer.state {
+        State::Up | State::Moving if peer.silent => Tone::Bad,
         State::Up | State::Plain => Tone::Good,
         State::Moving | State::Kept | State::Waiting => Tone::Doubtful,
         State::Refused => Tone::Bad,
@@ -326,7 +337,7 @@ pub(super) fn tone(state: State) -> Tone {
 }
 
 fn rows(peer: &PeerReport, table: &mut Table) {
-    let tone = tone(peer.state);
+    let tone = tone(peer);
     let heard = peer
         .heard
         .and_then(|heard| Duration::try_from_secs_f64(heard).ok())

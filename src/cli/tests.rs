@@ -108,6 +108,33 @@ pub(super) fn report() -> Report {
 }
 
 #[test]
+fn a_silent_peer_and_a_store_that_is_away_are_not_well() {
+    let mut report = report();
+    report.peers.truncate(1);
+    let shown = status::render(&report, Style::default());
+    assert!(
+        status::well(&report) && shown.contains("peers   1 up\n") && shown.contains("read whole\n"),
+        "{shown}"
+    );
+    (report.peers[0].silent, report.peers[0].reason) = (true, Some("silent for 52 s".into()));
+    let shown = status::render(&report, Style::default());
+    assert!(
+        !status::well(&report) && shown.contains("peers   1 up, 1 of them silent\n"),
+        "{shown}"
+    );
+    assert!(shown.contains("\n    silent for 52 s\n"), "{shown}");
+    report.peers.clear();
+    report
+        .problems
+        .push("the store can't be read for 4 s now: no such folder".into());
+    let shown = status::render(&report, Style::default());
+    assert!(
+        !status::well(&report) && shown.contains("store   was read whole, and can't be reached now\n"),
+        "{shown}"
+    );
+}
+
+#[test]
 fn status_shows_each_state_with_its_reason() {
     golden("status.txt", &status::render(&report(), PLAIN));
     assert!(!status::well(&report()));

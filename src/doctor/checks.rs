@@ -86,8 +86,9 @@ impl Finding {
     }
 }
 
-/// The first findings, and one that counts the rest.
+/// The worst findings, the first of those that are as bad, and how many more there are.
 fn at_most(mut findings: Vec<Finding>) -> Vec<Finding> {
+    findings.sort_by_key(|finding| finding.severity);
     let more = findings.len().saturating_sub(MOST);
     findings.truncate(MOST);
     if let (true, Some(last)) = (more > 0, findings.last_mut()) {

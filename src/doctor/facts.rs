@@ -64,7 +64,7 @@ pub struct Facts {
     pub associations: (usize, usize),
     /// By which device the kernel reaches a peer's public address, for peers that ESP goes to.
     pub reached_by: BTreeMap<IpAddr, String>,
-    /// Whether a peer that data does not go to answers an echo request at its public address.
+    /// Whether a peer that data does not go to, or that is silent, answers an echo request at its public address.
     pub echoes: BTreeMap<IpAddr, bool>,
     /// UDP sockets by local port, for the ports that a backend wants.
     pub sockets: Vec<Socket>,

@@ -4,6 +4,7 @@
 mod iptables;
 mod nft;
 
+use std::collections::BTreeMap;
 use std::net::IpAddr;
 
 use ipnet::IpNet;
@@ -13,10 +14,12 @@ use super::facts::{FilterKind, FilterText};
 /// Chains that call each other deeper than this are not followed.
 const DEPTH: u32 = 16;
 
-/// A packet filter.
+/// A packet filter. kube-proxy alone makes tens of thousands of chains where there are as many Services.
 #[derive(Clone, Debug, Default)]
 pub(super) struct Filter {
-    pub(super) chains: Vec<Chain>,
+    chains: Vec<Chain>,
+    /// Where in `chains` each id is.
+    by_id: BTreeMap<String, usize>,
 }
 
 /// A chain of rules.
@@ -86,6 +89,8 @@ pub(super) enum Verdict {
     /// The same without coming back.
     Goto(String),
     Return,
+    /// That depends on what is not looked at, such as a map of verdicts.
+    Unsure,
     /// It goes on: counted, logged, marked.
     Continue,
 }
@@ -134,6 +139,20 @@ impl Filter {
         }
     }
 
+    /// Adds a chain, which has no rules yet.
+    fn add(&mut self, chain: Chain) {
+        self.by_id.insert(chain.id.clone(), self.chains.len());
+        self.chains.push(chain);
+    }
+
+    fn chain(&self, id: &str) -> Option<&Chain> {
+        self.by_id.get(id).and_then(|at| self.chains.get(*at))
+    }
+
+    fn chain_mut(&mut self, id: &str) -> Option<&mut Chain> {
+        self.by_id.get(id).and_then(|at| self.chains.get_mut(*at))
+    }
+
     /// Who surely drops the packet at these hooks.
     pub(super) fn drops(&self, packet: &Packet<'_>, hooks: &[Hook]) -> Option<Dropped> {
         let enters = |chain: &&Chain| {
@@ -165,6 +184,7 @@ impl Filter {
             let end = match &rule.verdict {
                 Verdict::Accept => End::Accepted,
                 Verdict::Return => End::Returned,
+                Verdict::Unsure => End::Unsure,
                 Verdict::Drop => End::Dropped(Dropped {
                     by: rule.text.clone(),
                     packets: rule.packets,
@@ -172,7 +192,7 @@ impl Filter {
                 }),
                 Verdict::Jump(id) | Verdict::Goto(id) => {
                     let goes = matches!(rule.verdict, Verdict::Goto(_));
-                    match self.chains.iter().find(|chain| chain.id == *id) {
+                    match self.chain(id) {
                         None => End::Unsure,
                         Some(next) => match self.walk(next, packet, depth + 1) {
                             End::Returned if !goes => continue,

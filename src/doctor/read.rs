@@ -84,7 +84,10 @@ pub fn read(look: &Look<'_>) -> Result<Facts, AskError> {
     filters::read(&mut facts);
     files::sockets(&mut facts);
     kernel(&mut facts);
-    let silent = facts.peers().iter().filter(|peer| peer.state == State::Waiting);
+    let silent = facts
+        .peers()
+        .iter()
+        .filter(|peer| peer.state == State::Waiting || peer.silent);
     let silent: Vec<_> = silent
         .filter_map(|peer| peer.address.parse().ok())
         .take(PEERS)

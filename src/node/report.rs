@@ -16,6 +16,11 @@ use crate::kernel::{Counters, Key, Object, Scope, firewall};
 use crate::lease::NodeName;
 use crate::tunnel;
 
+/// So many probes in a row are hardly lost by chance: on paths that lose 1 %, to one of a thousand peers every few hours.
+const UNANSWERED: u32 = 3;
+/// So long nothing comes from a peer only if it is silent: each end asks within [`crate::probe::SETTLED`].
+const QUIET: Duration = Duration::from_secs(30);
+
 /// The whole picture, as JSON shows it.
 #[derive(Clone, Debug, Deserialize, PartialEq, Serialize)]
 pub struct Report {
@@ -160,6 +165,12 @@ pub struct PeerReport {
     /// none has yet.
     #[serde(default)]
     pub loss: Option<f64>,
+    /// How many of those in a row, the newest ones, got none.
+    #[serde(default)]
+    pub unanswered: u32,
+    /// Whether data goes to it although it has stopped answering; `reason` says so too.
+    #[serde(default)]
+    pub silent: bool,
     /// Whether a packet of the mesh MTU passes to it, or of what its path takes by its cipher and family, if that is less;
     /// `None` where that is not known yet.
     #[serde(default)]
@@ -327,6 +338,8 @@ impl Node {
             heard: None,
             round_trip: None,
             loss: None,
+            unanswered: 0,
+            silent: false,
             full_size: None,
             bytes_out: 0,
             bytes_in: 0,
@@ -354,6 +367,8 @@ impl Node {
                 "the newest lease is refused, its last good one serves: {refusal}"
             ));
         } else if let Some(since) = known.vanished {
+            // It is let go before it counts as silent.
+            report.silent = false;
             report.reason = Some(format!(
                 "its lease is gone from the store for {} s, and it is served while it answers: look at the store; to \
                  let it go, stop its daemon",
@@ -440,9 +455,43 @@ impl Node {
         report.heard = peer.pair.heard().map(|heard| now.saturating_sub(heard).as_secs_f64());
         report.round_trip = peer.round_trip.map(|time| time.as_secs_f64() * 1000.0);
         report.loss = peer.record.share();
+        report.unanswered = peer.record.unanswered();
         report.full_size = peer.sizes.passes();
+        if matches!(report.state, State::Up | State::Moving)
+            && let Some(silence) = self.silence(peer, now)
+        {
+            report.silent = true;
+            report.reason = Some(silence);
+        }
         if let Some(trouble) = &peer.trouble {
             report.reason = Some(trouble.clone());
+        }
+    }
+
+    /// What there is to say of a peer that data goes to and that does not answer any more.
+    fn silence(&self, peer: &Peer, now: Duration) -> Option<String> {
+        let newest = self.own.last_key_value().map_or(Duration::ZERO, |(_, own)| own.begun);
+        // A rest may have been long; an epoch of ours that began in it asks anew.
+        let quiet = now.saturating_sub(peer.pair.heard()?.max(newest));
+        let unanswered = peer.record.unanswered() >= UNANSWERED;
+        // Only then are its questions far apart: else a few go unanswered within a second, as while it starts.
+        let rests = peer.pair.settled()
+            && peer
+                .pair
+                .newest()
+                .is_some_and(|newest| self.open(peer, newest).len() == 1);
+        match quiet < QUIET {
+            true if unanswered && rests => Some(format!(
+                "it is heard, and does not answer the last {} probes: what this node sends does not arrive there; look for a \
+                 packet filter there or on the path",
+                peer.record.unanswered()
+            )),
+            // While something is to be settled it is asked every few seconds.
+            false if unanswered || !peer.pair.settled() => Some(format!(
+                "silent for {} s: is the node up, does its daemon run, does ESP (or UDP) pass?",
+                now.saturating_sub(peer.pair.heard()?).as_secs()
+            )),
+            _ => None,
         }
     }
 

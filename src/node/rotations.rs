@@ -69,7 +69,8 @@ impl Rotations {
         let took = now.saturating_sub(*since);
         if node.lags(straggler, *epoch, now) {
             if took >= SILENCE {
-                self.unfinished += 1;
+                // Those that this process never heard may be gone for long.
+                self.unfinished += u64::from(node.holds_back(*epoch, now));
                 self.under_way = None;
             }
             return;
@@ -85,7 +86,7 @@ impl Rotations {
 }
 
 impl Node {
-    /// Whether data to a peer that is alive goes on another own epoch than `epoch`.
+    /// Whether data to a peer that is alive, or may be, goes on another own epoch than `epoch`.
     fn lags(&self, name: &NodeName, epoch: Epoch, now: Duration) -> bool {
         let Some(peer) = self.peers.get(name) else { return false };
         match peer.pair.data() {
@@ -102,6 +103,12 @@ impl Node {
     /// Whether the store has a lease of `name`, or had one and it is served on.
     pub fn knows(&self, name: &NodeName) -> bool {
         self.known.contains_key(name)
+    }
+
+    /// Whether a peer lags that has been heard.
+    fn holds_back(&self, epoch: Epoch, now: Duration) -> bool {
+        let mut heard = self.peers.iter().filter(|(_, peer)| peer.pair.heard().is_some());
+        heard.any(|(name, _)| self.lags(name, epoch, now))
     }
 
     fn straggler(&self, epoch: Epoch, now: Duration) -> Option<NodeName> {

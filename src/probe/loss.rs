@@ -38,6 +38,13 @@ impl Record {
         (counted - answered, counted)
     }
 
+    /// How many of the newest questions, one after the other, got no answer; those that count in [`Record::lost`].
+    pub fn unanswered(&self) -> u32 {
+        let pending = u32::from(self.answered & 1 == 0);
+        let (_, counted) = self.lost();
+        (self.answered >> pending).trailing_zeros().min(counted)
+    }
+
     /// The share that got no answer, 0 to 1; `None` where none counts yet.
     pub fn share(&self) -> Option<f64> {
         let (lost, counted) = self.lost();
@@ -65,6 +72,24 @@ mod tests {
         assert_eq!((record.lost(), record.share()), ((1, 2), Some(0.5)));
         record.answer(second);
         assert_eq!(record.lost(), (0, 2), "a late answer is one");
+    }
+
+    #[test]
+    fn unanswered_are_those_since_the_last_answer_without_the_one_under_way() {
+        let mut record = Record::default();
+        assert_eq!(record.unanswered(), 0);
+        let told: Vec<u32> = (0..30)
+            .map(|_| {
+                record.ask();
+                record.unanswered()
+            })
+            .collect();
+        let expected: Vec<u32> = (0..30).map(|asked| asked.min(WINDOW)).collect();
+        assert_eq!(told, expected);
+        record.answer(30);
+        assert_eq!(record.unanswered(), 0);
+        record.ask();
+        assert_eq!((record.unanswered(), record.ask(), record.unanswered()), (0, 32, 1));
     }
 
     proptest! {

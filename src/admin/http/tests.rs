@@ -119,6 +119,38 @@ async fn clients_that_say_nothing_or_nonsense_do_not_keep_others_out() {
 }
 
 #[tokio::test]
+async fn who_reads_metrics_again_and_again_does_not_keep_health_out() {
+    let listener = bind("127.0.0.1:0".parse().expect("an address")).await.expect("bound");
+    let address = listener.local_addr().expect("an address");
+    let way = Loop::default();
+    let (commands_in, mut commands) = mpsc::channel(64);
+    way.set(commands_in).expect("once");
+    tokio::spawn(serve(listener, way, PerPeer::Hidden));
+    let readers: Vec<_> = (0..CLIENTS).map(|_| tokio::spawn(get(address, "/metrics"))).collect();
+    // Those whose reading is under way wait for the loop; the others have gone with an answer.
+    let mut replies = Vec::new();
+    for _ in 0..READERS {
+        match commands.recv().await {
+            Some(Command::Measure { reply }) => replies.push(reply),
+            other => panic!("{other:?}"),
+        }
+    }
+    let health = tokio::spawn(get(address, "/healthz"));
+    match timeout(TURN / 2, commands.recv()).await {
+        Ok(Some(Command::Health { reply })) => drop(reply.send(vitals())),
+        other => panic!("{other:?} in the place of the question for health"),
+    }
+    assert_eq!(health.await.expect("no panic").0, 200);
+    replies.into_iter().for_each(|reply| drop(reply.send(measures())));
+    let mut answers = Vec::new();
+    for reader in readers {
+        answers.push(reader.await.expect("no panic").0);
+    }
+    answers.sort_unstable();
+    assert_eq!(answers, [vec![200; READERS], vec![503; CLIENTS - READERS]].concat());
+}
+
+#[tokio::test]
 async fn a_port_that_is_taken_is_named_with_the_flags() {
     let taken = bind("127.0.0.1:0".parse().expect("an address")).await.expect("bound");
     let address = taken.local_addr().expect("an address");

@@ -80,10 +80,10 @@ fn peer_page(model: &Model, peer: &PeerReport, rate: Option<Rate>, width: u16) -
     let plain = |label, text: String| (label, text, Tone::Plain);
     let mut all = vec![
         plain("peer", peer.node.clone()),
-        ("state", peer.state.word().to_owned(), status::tone(peer.state)),
+        ("state", peer.state.word().to_owned(), status::tone(peer)),
     ];
     if let Some(reason) = &peer.reason {
-        all.push(("why", reason.clone(), status::tone(peer.state)));
+        all.push(("why", reason.clone(), status::tone(peer)));
     }
     all.push(plain("subnets", peer.subnets.join(" ")));
     all.push(plain("address", peer.address.clone()));
@@ -188,6 +188,7 @@ fn help(model: &Model, width: u16) -> Vec<Line<'static>> {
                 "data goes, and is changing to a newer generation".into(),
                 Tone::Doubtful,
             ),
+            ("silent", "data goes, and it has stopped answering".into(), Tone::Bad),
             ("kept", "data goes on keys of an earlier process".into(), Tone::Doubtful),
             ("waiting", "no data yet: no probe has come back".into(), Tone::Doubtful),
             (

@@ -118,6 +118,20 @@ fn the_other_pages_are_as_they_should_be() {
 }
 
 #[test]
+fn a_peer_that_has_stopped_answering_is_called_silent_and_stands_above_those_that_answer() {
+    let mut model = model(80, 24);
+    let mut mesh = busy(3);
+    for peer in &mut mesh.peers {
+        peer.silent = peer.node == "node-b";
+    }
+    model.update(Event::Report(Box::new(mesh)), Duration::from_secs(4));
+    assert_eq!(names(&model)[..3], ["node-g", "node-f", "node-b"]);
+    let shown = text(&model, 80, 24);
+    assert!(shown.contains("node-b        silent "), "{shown}");
+    assert!(shown.contains(", 1 of them silent\n"), "{shown}");
+}
+
+#[test]
 fn a_daemon_that_is_away_is_said_and_picked_up_again() {
     let mut model = model(80, 24);
     let why = "no daemon answers at /run/ringmail/control.sock: is ringmail running?\x1b[2J";

@@ -354,13 +354,14 @@ impl Column {
     fn cell(self, peer: &PeerReport, rate: Option<Rate>) -> (String, Tone) {
         let none = || "-".to_owned();
         let tone = match self {
-            Self::State => status::tone(peer.state),
+            Self::State => status::tone(peer),
             Self::Loss if peer.loss.unwrap_or_default() > 0.0 => Tone::Doubtful,
             Self::Errors if peer.errors > 0 => Tone::Doubtful,
             _ => Tone::Plain,
         };
         let per_second = |value: fn(Rate) -> f64, step| rate.map_or_else(none, |rate| short(value(rate), step));
         let text = match self {
+            Self::State if peer.silent => "silent".to_owned(),
             Self::State => peer.state.word().to_owned(),
             Self::In => per_second(|rate| rate.bytes_in, 1024.0),
             Self::Out => per_second(|rate| rate.bytes_out, 1024.0),

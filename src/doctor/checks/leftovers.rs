@@ -43,8 +43,12 @@ pub(super) fn found(facts: &Facts) -> Vec<Finding> {
             .map(|(_, owner)| *owner)
     };
     let uses_flannels = uses_flannels(facts);
+    // Whose devices lead to pods of this mesh works beside ringmail, as Calico's policies do (Canal), and left nothing over.
+    let devices = facts.pod_devices();
+    let beside: Vec<&str> = devices.iter().filter_map(|name| owner(&DEVICES, name)).collect();
+    let left = |owner: &&str| !beside.contains(owner) && (*owner != "flannel" || !uses_flannels);
     let device = |link: &Link| {
-        let owner = owner(&DEVICES, &link.name).filter(|owner| *owner != "flannel" || !uses_flannels)?;
+        let owner = owner(&DEVICES, &link.name).filter(left)?;
         let name = &link.name;
         Some(
             Finding::new(Degraded, "leftover-device", name, format!("{name} of {owner} is here"))
@@ -63,7 +67,7 @@ pub(super) fn found(facts: &Facts) -> Vec<Finding> {
     for filter in &facts.filters {
         let names = chain_names(filter.by, &filter.text);
         let theirs = names.iter().find_map(|name| {
-            let owner = owner(&CHAINS, name).filter(|owner| *owner != "flannel" || !uses_flannels)?;
+            let owner = owner(&CHAINS, name).filter(left)?;
             Some((name, owner))
         });
         let Some((name, owner)) = theirs else { continue };
@@ -117,7 +121,9 @@ pub(super) fn cni(facts: &Facts) -> Vec<Finding> {
     let Some(ours) = facts.cni.iter().position(CniFile::is_ours) else {
         return Vec::new();
     };
-    let Some(first) = facts.cni[..ours].first() else {
+    // Multus calls what comes behind it.
+    let delegates = |file: &&CniFile| !file.plugins.iter().any(|name| name.starts_with("multus"));
+    let Some(first) = facts.cni[..ours].iter().find(delegates) else {
         return Vec::new();
     };
     let (folder, ours) = (facts.cni_folder.display(), &facts.cni[ours].name);

@@ -180,19 +180,39 @@ pub(super) fn problems(facts: &Facts) -> Vec<Finding> {
             .iter()
             .find(|(words, ..)| text.contains(words) || lower.contains(words))?;
         let (_, check, severity, title, why, command) = *known;
-        // An error that names its own remedy knows better.
+        // An error that names its own remedy knows better, where nothing in it comes from the store: who can write there
+        // must not choose what root runs.
+        let local = [
+            "uplink-missing",
+            "lease-missing",
+            "epoch-stalled",
+            "psk-unreadable",
+            "port-refused",
+        ]
+        .contains(&check);
+        let own = after_backtick(text).filter(|own| local && own.contains(' '));
         let ends = match check {
             "in-the-way" => text.split_once("remove it: "),
             "plaintext-dropped" => text.split_once("set the count back: "),
             _ => None,
         };
-        let own = ends.map(|(_, command)| command);
-        let own = own.or_else(|| after_backtick(text).filter(|own| own.contains(' ')));
+        let own = ends.map(|(_, command)| command).or(own);
+        let command = match (check, &facts.lease_dir) {
+            // To make a folder where a file system is to be mounted would hide that it is not.
+            ("store-outage", Some(folder)) => {
+                let folder = folder.display();
+                format!("ls -ld {folder}; findmnt -T {folder}; ringmail leases --lease-dir {folder}")
+            }
+            ("configuration-refused" | "psk-unreadable", Some(folder)) if own.is_none() => {
+                format!("ringmail config check --lease-dir {} --psk-file FILE", folder.display())
+            }
+            _ => own.unwrap_or(command).to_owned(),
+        };
         Some(
             Finding::new(severity, check, "node", title)
                 .seen(text)
                 .why(why)
-                .run(own.unwrap_or(command)),
+                .run(command),
         )
     };
     problems.filter_map(finding).collect()

@@ -1,5 +1,7 @@
 //! Peers, as the daemon sees them.
 
+use std::collections::BTreeMap;
+
 use super::super::Severity::{Broken, Degraded, Notice};
 use super::{Facts, Finding, at_most};
 use crate::node::report::{PeerReport, State};
@@ -9,6 +11,8 @@ const LOSS: f64 = 0.05;
 /// A round trip this many times the median of all is an outlier, if it is this much longer too, milliseconds.
 const OUTLIER: f64 = 5.0;
 const LONGER: f64 = 20.0;
+/// Who was heard within so long, seconds, still sends.
+const HEARD: f64 = 30.0;
 /// A round trip that is long whatever the others' are, milliseconds.
 const LONG: f64 = 500.0;
 
@@ -39,6 +43,7 @@ fn of_state(facts: &Facts, peer: &PeerReport) -> Option<Finding> {
             .why("data goes on the keys of the process before, until a probe comes back")
             .run("ringmail status"),
         ),
+        State::Up | State::Moving | State::Plain if peer.silent => Some(silent(facts, peer, reason)),
         State::Up | State::Moving | State::Plain => doubtful(peer),
     }
 }
@@ -87,6 +92,43 @@ fn waiting(facts: &Facts, peer: &PeerReport, reason: &str) -> Finding {
     }
 }
 
+/// A peer that data goes to and that has stopped answering.
+fn silent(facts: &Facts, peer: &PeerReport, reason: &str) -> Finding {
+    let (name, address) = (&peer.node, &peer.address);
+    let answers = address.parse().ok().and_then(|address| facts.echoes.get(&address));
+    let finding = Finding::new(
+        Broken,
+        "peer-silent",
+        name,
+        format!("peer {name} has stopped answering"),
+    );
+    let tcpdump = format!(
+        "tcpdump -ni any 'host {address} and (esp or udp port 4500)'; the same, and ringmail doctor, on the peer"
+    );
+    match answers {
+        // What it sends comes, so it is the other way that is cut.
+        _ if peer.heard.is_some_and(|heard| heard < HEARD) => finding
+            .seen(reason)
+            .why("something at the peer, or on the way there alone, drops ESP or its UDP port: it does not get what pods send")
+            .run(tcpdump),
+        Some(true) => finding
+            .seen(format!("{reason} ({address} answers ping)"))
+            .why(
+                "its daemon does not run (what it left in its kernel still carries data, on keys that grow old), or something \
+                 on the path or at the peer drops ESP or its UDP port",
+            )
+            .run(tcpdump),
+        Some(false) => finding
+            .seen(format!("{reason} ({address} does not answer ping)"))
+            .why("the node is down, or the network between the two does not carry packets: its pods are out of reach")
+            .run(format!("ping -c 3 {address}; ip route get {address}")),
+        None => finding
+            .seen(reason)
+            .why("the node or its daemon is down, or the network between the two does not carry packets")
+            .run(format!("ping -c 3 {address}; ip route get {address}")),
+    }
+}
+
 /// A peer that data goes to, with something to say.
 fn doubtful(peer: &PeerReport) -> Option<Finding> {
     let name = &peer.node;
@@ -119,13 +161,25 @@ fn doubtful(peer: &PeerReport) -> Option<Finding> {
 
 /// Peers whose probes are lost, and those that full packets do not reach.
 pub(super) fn loss(facts: &Facts) -> Vec<Finding> {
-    let lossy = facts.peers().iter().filter_map(|peer| {
+    // Of one that is silent another finding tells.
+    let lossy = facts.peers().iter().filter(|peer| !peer.silent).filter_map(|peer| {
         let loss = peer.loss.filter(|loss| *loss > LOSS)?;
-        let severity = if loss >= 0.5 { Broken } else { Degraded };
+        // A bad time that is over stays in the count for some minutes.
+        let answered = peer.unanswered == 0;
+        let severity = if loss >= 0.5 && !answered { Broken } else { Degraded };
         let (name, address) = (&peer.node, &peer.address);
+        let lost = if answered {
+            "were lost within the last minutes"
+        } else {
+            "are lost"
+        };
         Some(
-            Finding::new(severity, "loss", name, format!("packets to peer {name} are lost"))
-                .seen(format!("{:.0} % of the last probes got no answer", loss * 100.0))
+            Finding::new(severity, "loss", name, format!("packets to peer {name} {lost}"))
+                .seen(format!(
+                    "{:.0} % of the last 20 probes got no answer; the newest {}",
+                    loss * 100.0,
+                    if answered { "did" } else { "neither" }
+                ))
                 .why("the network between the two drops packets, or one end has no time for them")
                 .run(format!(
                     "ping -i 0.2 -c 50 {address}; ip -s link show dev {}",
@@ -162,9 +216,10 @@ pub(super) fn latency(facts: &Facts) -> Vec<Finding> {
 
 /// Peers whose packets the kernel refuses, now.
 pub(super) fn errors(facts: &Facts) -> Vec<Finding> {
+    let before: BTreeMap<&str, &PeerReport> = facts.peers().iter().map(|peer| (peer.node.as_str(), peer)).collect();
     let later = facts.later_report.iter().flat_map(|report| &report.peers);
     let rising = later.filter_map(|after| {
-        let before = facts.peers().iter().find(|before| before.node == after.node)?;
+        let before = before.get(after.node.as_str())?;
         let rise = after.errors.saturating_sub(before.errors);
         let name = &after.node;
         (rise > 0).then(|| {

@@ -16,7 +16,7 @@ pub(super) fn parse(text: &str, program: &str, v6: bool) -> Filter {
             let (Some(name), policy) = (words.next(), words.next()) else {
                 continue;
             };
-            filter.chains.push(Chain {
+            filter.add(Chain {
                 id: id(table, name),
                 v6: Some(v6),
                 hook: hook(table, name),
@@ -26,7 +26,7 @@ pub(super) fn parse(text: &str, program: &str, v6: bool) -> Filter {
                 accept: format!("{program} -t {table} -I {name} {{}} -j ACCEPT"),
             });
         } else if let Some((name, rule)) = rule(line, table, program)
-            && let Some(chain) = filter.chains.iter_mut().find(|chain| chain.id == id(table, &name))
+            && let Some(chain) = filter.chain_mut(&id(table, &name))
         {
             chain.rules.push(rule);
         }
@@ -83,12 +83,14 @@ fn rule(line: &str, table: &str, program: &str) -> Option<(String, Rule)> {
                 _ => asks.push(Ask::Unknown),
             },
             "--comment" => drop(words.next()),
-            "-s" => asks.push(Ask::Source(net(words.next()?)?, not)),
-            "-d" => asks.push(Ask::Destination(net(words.next()?)?, not)),
+            "-s" => asks.push(net(words.next()?).map_or(Ask::Unknown, |nets| Ask::Source(nets, not))),
+            "-d" => asks.push(net(words.next()?).map_or(Ask::Unknown, |nets| Ask::Destination(nets, not))),
             "-i" => asks.push(Ask::In(vec![words.next()?.to_owned()], not)),
             "-o" => asks.push(Ask::Out(vec![words.next()?.to_owned()], not)),
             "-p" => asks.push(protocol(words.next()?).map_or(Ask::Unknown, |number| Ask::Protocol(vec![number], not))),
-            "--dport" | "--dports" => asks.push(Ask::Port(ports(words.next()?)?, not)),
+            "--dport" | "--dports" => {
+                asks.push(ports(words.next()?).map_or(Ask::Unknown, |ports| Ask::Port(ports, not)));
+            }
             "-j" | "-g" => {
                 let target = words.next()?;
                 verdict = match target {

@@ -17,11 +17,13 @@ pub(super) fn parse(text: &str) -> Filter {
     let objects = all["nftables"].as_array().map_or(&[][..], Vec::as_slice);
     let foreign = |value: &&Value| value.is_object() && value["table"] != TABLE;
     for chain in objects.iter().map(|object| &object["chain"]).filter(foreign) {
-        filter.chains.extend(self::chain(chain));
+        if let Some(chain) = self::chain(chain) {
+            filter.add(chain);
+        }
     }
     for rule in objects.iter().map(|object| &object["rule"]).filter(foreign) {
         let at = id(rule, rule["chain"].as_str().unwrap_or_default());
-        if let Some(chain) = filter.chains.iter_mut().find(|chain| chain.id == at) {
+        if let Some(chain) = filter.chain_mut(&at) {
             chain.rules.push(self::rule(rule));
         }
     }
@@ -79,6 +81,8 @@ fn rule(value: &Value) -> Rule {
             "return" => verdict = Verdict::Return,
             "jump" => verdict = Verdict::Jump(id(value, word(inner, "target"))),
             "goto" => verdict = Verdict::Goto(id(value, word(inner, "target"))),
+            // A map may accept what it names, and so may a program that the packet is queued for.
+            "vmap" | "queue" => verdict = Verdict::Unsure,
             "log" | "mangle" | "notrack" => {}
             _ => asks.push(Ask::Unknown),
         }

@@ -66,13 +66,32 @@ fn room<N>(range: &Range<N>) -> u64 {
     (u64::from(range.last) + 1).saturating_sub(range.first.into())
 }
 
-/// The same JSON with every value of a key `PSK` taken out; what is no JSON is taken out whole.
+/// Whether what stands under a key may be a secret: a PSK, also under a mistyped key, or an account's, as flannel's backends
+/// of clouds have it.
+fn is_secret(key: &str) -> bool {
+    let key = key.to_lowercase();
+    let harmless = ["pskfile", "pskgrace"].contains(&key.as_str());
+    !harmless
+        && [
+            "psk",
+            "secret",
+            "password",
+            "token",
+            "credential",
+            "accesskey",
+            "private",
+        ]
+        .iter()
+        .any(|word| key.contains(word))
+}
+
+/// The same JSON with every value that [`is_secret`] taken out; what is no JSON is taken out whole.
 fn without_secrets(text: &str) -> String {
     fn clear(value: &mut serde_json::Value) {
         match value {
             serde_json::Value::Object(members) => {
                 for (key, value) in members.iter_mut() {
-                    if key.eq_ignore_ascii_case("psk") {
+                    if is_secret(key) {
                         *value = REMOVED.into();
                     } else {
                         clear(value);
