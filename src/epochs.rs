@@ -262,11 +262,6 @@ impl Pair {
         telling
     }
 
-    /// Data came from the peer by `now`.
-    pub fn heard_at(&mut self, now: Duration) {
-        self.heard = Some(now);
-    }
-
     /// The peer answered a probe of ours that said our data goes on `data`.
     pub fn peer_knows(&mut self, data: Option<Generation>) {
         self.known = data;

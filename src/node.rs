@@ -130,9 +130,14 @@ struct Peer {
 const FEW: u32 = 2;
 
 impl Peer {
-    /// Whether its answers have come of late. While they have not it is asked often: what was lost is soon history, or news.
+    /// Whether its answers come. While they do not it is asked often: what was lost is soon history, or news.
     fn answers(&self) -> bool {
-        self.record.lost().0 < FEW
+        self.record.is_answered() && self.record.lost().0 < FEW
+    }
+
+    /// When it was last heard, by its probes or its data.
+    fn heard(&self) -> Option<Duration> {
+        self.pair.heard().max(self.arrivals.heard())
     }
 
     /// Whether the kernel has a generation's SA on any carrier.

@@ -113,7 +113,8 @@ pub struct Schedule {
     since: Duration,
     due: Duration,
     step: Duration,
-    resting: bool,
+    /// How long it rests while all is settled.
+    rest: Option<Duration>,
 }
 
 /// The first wait for an answer; it doubles with each unanswered probe.
@@ -127,6 +128,8 @@ const PART: u32 = 4;
 const LONGEST: Duration = Duration::from_secs(60);
 /// Between two probes while both ends are settled. A NAT on the way keeps its mapping meanwhile (RFC 3948 section 4: 20 s).
 pub const SETTLED: Duration = Duration::from_secs(15);
+/// A settled peer that does not answer is asked again after this, some times: a daemon that is started anew answers within it.
+pub const AGAIN: Duration = Duration::from_secs(5);
 /// A node asks its settled peers at most one question in this time, all together, where no NAT is to be kept open.
 const SHARE: Duration = Duration::from_millis(25);
 /// The longest rest: no peer that answers counts as silent.
@@ -146,7 +149,7 @@ impl Schedule {
             since: now,
             due: now,
             step: FIRST,
-            resting: false,
+            rest: None,
         }
     }
 
@@ -157,20 +160,22 @@ impl Schedule {
 
     /// Whether all was settled when the last probe was sent, and nothing has woken it since.
     pub fn rests(&self) -> bool {
-        self.resting
+        self.rest.is_some()
     }
 
-    /// The peer answered while all is settled: the next probe is due after `rest` in place of [`SETTLED`].
+    /// The peer answered while all is settled: the next probe is due `rest` after the last, whatever was said before.
     pub fn answered(&mut self, rest: Duration) {
-        if self.resting {
+        if let Some(before) = self.rest.replace(rest).filter(|before| !before.is_zero()) {
             let wait = self.due.saturating_sub(self.since);
-            self.due = self.since + wait.mul_f64(rest.div_duration_f64(SETTLED));
+            self.due = self.since + wait.mul_f64(rest.div_duration_f64(before));
+        } else {
+            self.rest = None;
         }
     }
 
     /// Due at `now`, if it rests while all is well.
     pub fn wake(&mut self, now: Duration) {
-        if self.resting {
+        if self.rests() {
             *self = Self::at_once(now);
         }
     }
@@ -178,7 +183,7 @@ impl Schedule {
     /// Something came from the peer at `now`, or may come through again: due then, if the waits had grown long. That they
     /// take their time to grow keeps this from being done often.
     pub fn hope(&mut self, now: Duration) {
-        if !self.resting && self.due.saturating_sub(now) > SLOWEST {
+        if !self.rests() && self.due.saturating_sub(now) > SLOWEST {
             *self = Self::at_once(now);
         }
     }
@@ -186,10 +191,10 @@ impl Schedule {
     /// A probe was sent at `now`; where all is settled the next follows after `rest`. `jitter` lies in 0..1 and spreads
     /// the next one over a quarter of its wait.
     pub fn sent(&mut self, now: Duration, rest: Option<Duration>, jitter: f64) {
-        self.resting = rest.is_some();
+        self.rest = rest;
         let most = SLOWEST.max(now.saturating_sub(self.since) / PART).min(LONGEST);
         let wait = rest.unwrap_or_else(|| self.step.min(most));
-        if self.resting {
+        if self.rests() {
             (self.since, self.step) = (now, FIRST);
         } else {
             self.step = (self.step * 2).min(LONGEST);

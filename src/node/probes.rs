@@ -9,11 +9,14 @@ use keys::{Carrier, Epoch};
 use super::{Datagram, Node, Peer, Way};
 use crate::backend::ipsec;
 use crate::carrier;
-use crate::epochs::Generation;
+use crate::epochs::{Data, Generation, SILENCE};
 use crate::histogram::Histogram;
 use crate::kernel::Scope;
 use crate::lease::NodeName;
-use crate::probe::{self, Probe, SETTLED, Schedule};
+use crate::probe::{self, AGAIN, Probe, SETTLED, Schedule};
+
+/// So many probes in a row are hardly lost by chance: on paths that lose 1 %, to one of a thousand peers every few hours.
+pub(super) const UNANSWERED: u32 = 3;
 
 /// How often own epochs are looked through for what can be wiped.
 const TIDY: Duration = Duration::from_secs(5);
@@ -44,6 +47,14 @@ impl Node {
         let before = (peer.pair.data(), peer.pair.said(), peer.pair.probe());
         peer.pair.probed(probe.sent, probe.data, now);
         peer.arrivals.probe();
+        let epoch = |data| match data {
+            Data::On(Generation { receiver, .. }) => Some(receiver),
+            Data::Held | Data::Inherited(_) => None,
+        };
+        if epoch(peer.pair.data()) != epoch(before.0) {
+            // While it was started anew it could not answer.
+            peer.record.forget();
+        }
         let asked = peer.asked.iter().find(|(_, (ticket, ..))| *ticket == probe.ticket);
         let (answers, mut change) = (asked.is_some(), None);
         if !probe.ask {
@@ -149,7 +160,7 @@ impl Node {
         let counts = self.data(peer) == Some((sent, carrier));
         let other = self.ticket();
         let peer = self.peers.get_mut(name)?;
-        let ticket = if counts { peer.record.ask() } else { other };
+        let ticket = if counts { peer.record.ask(now) } else { other };
         let datagram = self.datagram(name, true, carrier, ticket)?;
         let peer = self.peers.get_mut(name)?;
         peer.asked.insert(carrier, (ticket, datagram.data, now));
@@ -235,16 +246,18 @@ impl Node {
         })
     }
 
-    /// A peer has answered: where all is well it may rest for as long as the number of peers asks for.
+    /// A peer has answered: it may rest for as long as the number of peers asks for.
     fn relax(&mut self, name: &NodeName) {
-        if self.is_plain(name) {
-            let rest = probe::rest(self.peers.len());
-            self.retimed(name, |peer| {
-                if peer.answers() {
-                    peer.schedule.answered(rest);
-                }
-            });
-        }
+        let rest = match self.is_plain(name) {
+            true => probe::rest(self.peers.len()),
+            false if self.choosing(name) => return,
+            false => SETTLED,
+        };
+        self.retimed(name, |peer| {
+            if peer.answers() {
+                peer.schedule.answered(rest);
+            }
+        });
     }
 
     /// When it is next to be told what the kernel counts ([`Node::carried`]).
@@ -265,12 +278,8 @@ impl Node {
     pub fn carried(&mut self, name: &NodeName, spi: u32, packets: u64, now: Duration) {
         let Some(peer) = self.peers.get_mut(name) else { return };
         let data = peer.pair.said().map(|said| ipsec::spi(peer.slot, said, Carrier::Esp).0);
-        if data == Some(spi)
-            && peer.arrivals.look(spi, packets)
-            && self.is_plain(name)
-            && let Some(peer) = self.peers.get_mut(name)
-        {
-            peer.pair.heard_at(now);
+        if data == Some(spi) {
+            peer.arrivals.look(spi, packets, now);
         }
     }
 
@@ -280,7 +289,8 @@ impl Node {
         if peer.schedule.due() > now {
             return;
         }
-        if peer.schedule.rests() && peer.answers() && self.is_plain(name) {
+        let asked = peer.pair.heard().is_some_and(|heard| now < heard + SILENCE / 2);
+        if peer.schedule.rests() && asked && peer.answers() && self.is_plain(name) {
             let rest = probe::rest(self.peers.len());
             let Some(peer) = self.peers.get_mut(name) else { return };
             if peer.arrivals.leave_out() {
@@ -309,7 +319,11 @@ impl Node {
         for carrier in carriers {
             out.extend(self.question(name, *carrier, now));
         }
+        let one = !self.choosing(name);
         if let Some(peer) = self.peers.get_mut(name) {
+            // Where there is a choice, that asks anew as soon as it doubts. Once it answers, [`Node::relax`] says how long.
+            let soon = one && peer.record.unanswered() < UNANSWERED;
+            let rest = rest.map(|rest| if soon { rest.min(AGAIN) } else { rest });
             peer.schedule.sent(now, rest, jitter());
         }
     }

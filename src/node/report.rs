@@ -7,6 +7,7 @@ use keys::Carrier;
 use serde::{Deserialize, Serialize};
 use xfrm::{Limits, SaId};
 
+use super::probes::UNANSWERED;
 use super::psks::{self, PskReport};
 use super::{Known, Node, Peer, some};
 use crate::admission::Refusal;
@@ -16,9 +17,8 @@ use crate::kernel::{Counters, Key, Object, Scope, firewall};
 use crate::lease::NodeName;
 use crate::tunnel;
 
-/// So many probes in a row are hardly lost by chance: on paths that lose 1 %, to one of a thousand peers every few hours.
-const UNANSWERED: u32 = 3;
-/// So long nothing comes from a peer only if it is silent: each end asks within [`crate::probe::SETTLED`].
+/// For so long nothing comes from a peer with which something is to be settled only if it is silent: it is asked every few
+/// seconds.
 const QUIET: Duration = Duration::from_secs(30);
 
 /// The whole picture, as JSON shows it.
@@ -452,7 +452,7 @@ impl Node {
                 false => format!("{learned}, from the next epoch on"),
             })
         });
-        report.heard = peer.pair.heard().map(|heard| now.saturating_sub(heard).as_secs_f64());
+        report.heard = peer.heard().map(|heard| now.saturating_sub(heard).as_secs_f64());
         report.round_trip = peer.round_trip.map(|time| time.as_secs_f64() * 1000.0);
         report.loss = peer.record.share();
         report.unanswered = peer.record.unanswered();
@@ -470,28 +470,40 @@ impl Node {
 
     /// What there is to say of a peer that data goes to and that does not answer any more.
     fn silence(&self, peer: &Peer, now: Duration) -> Option<String> {
-        let newest = self.own.last_key_value().map_or(Duration::ZERO, |(_, own)| own.begun);
-        // A rest may have been long; an epoch of ours that began in it asks anew.
-        let quiet = now.saturating_sub(peer.pair.heard()?.max(newest));
-        let unanswered = peer.record.unanswered() >= UNANSWERED;
-        // Only then are its questions far apart: else a few go unanswered within a second, as while it starts.
-        let rests = peer.pair.settled()
-            && peer
-                .pair
-                .newest()
-                .is_some_and(|newest| self.open(peer, newest).len() == 1);
-        match quiet < QUIET {
-            true if unanswered && rests => Some(format!(
-                "it is heard, and does not answer the last {} probes: what this node sends does not arrive there; look for a \
-                 packet filter there or on the path",
-                peer.record.unanswered()
-            )),
-            // While something is to be settled it is asked every few seconds.
-            false if unanswered || !peer.pair.settled() => Some(format!(
-                "silent for {} s: is the node up, does its daemon run, does ESP (or UDP) pass?",
-                now.saturating_sub(peer.pair.heard()?).as_secs()
-            )),
-            _ => None,
+        let heard = peer.heard()?;
+        let unanswered = peer.record.unanswered();
+        let seconds = now.saturating_sub(heard).as_secs();
+        let silent = || {
+            Some(format!(
+                "silent for {seconds} s: is the node up, does its daemon run, does ESP (or UDP) pass?"
+            ))
+        };
+        if !peer.pair.settled() {
+            let newest = self.own.last_key_value().map_or(Duration::ZERO, |(_, own)| own.begun);
+            // A rest may have been long; an epoch of ours that began in it asks anew.
+            let quiet = now.saturating_sub(heard.max(newest)) >= QUIET;
+            return if quiet { silent() } else { None };
+        }
+        let since = peer.record.since().filter(|_| unanswered >= UNANSWERED)?;
+        // Of two carriers the one that is asked quickly is in doubt, and the other takes its place.
+        let choosing = peer
+            .pair
+            .newest()
+            .is_some_and(|newest| self.open(peer, newest).len() > 1);
+        if choosing && now.saturating_sub(heard) < QUIET {
+            None
+        } else if peer.pair.heard() > Some(since) {
+            Some(format!(
+                "it is heard, and does not answer the last {unanswered} probes: what this node sends does not arrive there; \
+                 look for a packet filter there or on the path"
+            ))
+        } else if heard > since {
+            Some(format!(
+                "its data comes, and its daemon does not answer the last {unanswered} probes: does the daemon run, or does \
+                 what this node sends not arrive there?"
+            ))
+        } else {
+            silent()
         }
     }
 

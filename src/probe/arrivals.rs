@@ -3,6 +3,8 @@
 //! What came through the peer's newest SA was sealed with a key that only it has. It says nothing of the way there; the peer
 //! sees that one, and asks where nothing comes. So every fourth question is sent in any case, for the round trip as well.
 
+use std::time::Duration;
+
 /// So many questions in a row are left out at most.
 const MOST: u8 = 3;
 
@@ -17,6 +19,8 @@ pub struct Arrivals {
     probes: u32,
     /// Whether more than probes had come by the last look since the one before.
     came: bool,
+    /// The last look before which data had come.
+    heard: Option<Duration>,
     /// How many questions in a row were left out.
     left_out: u8,
 }
@@ -27,12 +31,20 @@ impl Arrivals {
         self.probes = self.probes.saturating_add(1);
     }
 
-    /// Looks at how many `packets` the inbound SA `spi` has carried by now: whether more came since the last look than probes.
-    pub fn look(&mut self, spi: u32, packets: u64) -> bool {
+    /// Looks at `now` at how many `packets` the inbound SA `spi` has carried: whether more came since the last look than probes.
+    pub fn look(&mut self, spi: u32, packets: u64, now: Duration) -> bool {
         let packets = packets as u32;
         self.came = self.spi == spi && packets.wrapping_sub(self.packets) > self.probes;
         (self.spi, self.packets, self.probes) = (spi, packets, 0);
+        if self.came {
+            self.heard = Some(now);
+        }
         self.came
+    }
+
+    /// Until when data came, as far as it was looked at.
+    pub fn heard(&self) -> Option<Duration> {
+        self.heard
     }
 
     /// Whether the question that is due now is left out; what one look showed is good for one.
@@ -47,28 +59,34 @@ impl Arrivals {
 mod tests {
     use super::*;
 
+    fn look(arrivals: &mut Arrivals, spi: u32, packets: u64) -> bool {
+        let came = arrivals.look(spi, packets, Duration::from_secs(packets));
+        assert_eq!(came, arrivals.heard() == Some(Duration::from_secs(packets)));
+        came
+    }
+
     #[test]
     fn data_proves_a_peer_and_its_probes_do_not() {
         let mut arrivals = Arrivals::default();
-        assert!(!arrivals.look(7, 1000), "nothing is known of what came before");
-        assert!(!arrivals.look(7, 1000), "nothing came");
+        assert!(!look(&mut arrivals, 7, 1000), "nothing is known of what came before");
+        assert!(!look(&mut arrivals, 7, 1000), "nothing came");
         arrivals.probe();
         arrivals.probe();
-        assert!(!arrivals.look(7, 1002), "two probes");
+        assert!(!look(&mut arrivals, 7, 1002), "two probes");
         assert!(!arrivals.leave_out());
         arrivals.probe();
-        assert!(arrivals.look(7, 1004), "a probe and a packet of data");
+        assert!(look(&mut arrivals, 7, 1004), "a probe and a packet of data");
         assert!(arrivals.leave_out());
-        assert!(!arrivals.look(8, 5000), "another SA");
-        assert!(arrivals.look(8, u64::from(u32::MAX)));
-        assert!(arrivals.look(8, u64::from(u32::MAX) + 1), "the count passes 2³²");
+        assert!(!look(&mut arrivals, 8, 5000), "another SA");
+        assert!(look(&mut arrivals, 8, u64::from(u32::MAX)));
+        assert!(look(&mut arrivals, 8, u64::from(u32::MAX) + 1), "the count passes 2³²");
     }
 
     #[test]
     fn no_more_than_three_questions_in_a_row_are_left_out() {
         let mut arrivals = Arrivals::default();
-        arrivals.look(7, 1);
-        let left_out = (2..11).map(|packets| arrivals.look(7, packets) && arrivals.leave_out());
+        look(&mut arrivals, 7, 1);
+        let left_out = (2..11).map(|packets| look(&mut arrivals, 7, packets) && arrivals.leave_out());
         assert_eq!(
             left_out.collect::<Vec<_>>(),
             [true, true, true, false, true, true, true, false, true]

@@ -1,7 +1,7 @@
 //! Whether packets of full size pass to one peer, told by padded questions: a state machine without I/O or clock.
 //!
 //! ```text
-//!   due ─▶ a question of full size ─ answered ─▶ it passes; again after minutes
+//!   due ─▶ a question of full size ─ answered ─▶ it passes; again after a minute
 //!              │ no answer
 //!              ▼
 //!   again and again, a small one beside each ─ only the small ones answered, so many times ─▶ it does not pass
@@ -17,8 +17,8 @@ use keys::Carrier;
 
 use crate::epochs::Generation;
 
-/// Between two questions of full size while it passes.
-const EVERY: Duration = Duration::from_secs(300);
+/// Between two questions of full size while it passes, at least.
+const EVERY: Duration = Duration::from_secs(60);
 /// A node asks its peers at most one such question in this time, all together.
 const SHARE: Duration = Duration::from_millis(120);
 /// Between two questions of full size while it does not pass.
@@ -67,7 +67,7 @@ pub struct Sizes {
     verdict: Option<bool>,
     /// The largest size known to pass, and the smallest known not to, since full size does not.
     between: Option<(u16, u16)>,
-    /// There for a second in minutes, and so by itself.
+    /// There for a second in a minute, and so by itself.
     sent: Option<Box<Sent>>,
     misses: u32,
     unclear: u32,
@@ -318,12 +318,12 @@ mod tests {
     }
 
     #[test]
-    fn where_all_passes_one_question_in_minutes_is_enough() {
+    fn where_all_passes_one_question_a_minute_is_enough() {
         let mut world = World::new(FULL);
         world.run(Duration::from_secs(1));
         assert_eq!(world.sizes.passes(), Some(true));
         world.run(Duration::from_secs(3600));
-        assert!((10..=16).contains(&world.rounds.len()), "{}", world.rounds.len());
+        assert!((60..=80).contains(&world.rounds.len()), "{}", world.rounds.len());
         assert!(world.rounds.iter().all(|round| round.small.is_none()));
     }
 

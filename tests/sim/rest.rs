@@ -104,13 +104,13 @@ impl Mesh {
             .filter(|x| self.members[*x].process.is_some())
             .collect();
         let pairs = running.len() * running.len().saturating_sub(1);
-        // One and its answer each 11.25 s at least: a pair that is not settled asks more often.
+        // One and its answer each 11.25 s, and one of full size each 45 s at least: a pair that is not settled asks more often.
         // Where the carrier is open: one each 1.5 s, and an answer on each carrier.
         let open = self
             .members
             .iter()
             .any(|member| member.settings.encap.mode == EncapMode::Auto);
-        if probes > if open { 120 } else { 12 } * pairs as u64 {
+        if probes > if open { 124 } else { 16 } * pairs as u64 {
             wrong.push(format!("{probes} probes in a quiet minute of {pairs} directions"));
         }
         for &x in &running {
