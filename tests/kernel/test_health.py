@@ -1,7 +1,9 @@
 """/healthz, /readyz and /metrics of a daemon, over its life."""
 
 import json
+import os
 import pathlib
+import signal
 
 import pytest
 
@@ -151,3 +153,23 @@ def test_metrics_count_what_a_mesh_carries_renews_and_mends(lab):
     )
     assert told["process_start_time_seconds"] > began and told['ringmail_esp_packets_total{way="received"}'] >= 0
     assert not [name for name in told if "peer=" in name], told
+
+
+def test_data_that_comes_spares_questions_and_a_daemon_that_hangs_beside_it_is_told_from_a_cut(lab):
+    one, two = lab.node(1), lab.node(2)
+    lab.start(f"--healthz-port={PORT}")
+    lab.pods()
+    with lab.flow(2, 1, rate=20):
+        eventually("questions are left out", lambda: metrics(one)["ringmail_probes_left_out_total"] >= 1, 60, 0.5)
+        told = metrics(one)
+        assert of_peer(told, "ringmail_peer_heard_age_seconds", two.namespace) < 20, told
+        assert of_peer(told, "ringmail_peer_loss_ratio", two.namespace) == 0, told
+        # What it sends only: nothing comes to it but answers, so it goes on to ask.
+        assert metrics(two)["ringmail_probes_left_out_total"] == 0
+        os.kill(two.pid, signal.SIGSTOP)
+        try:
+            told = eventually("its silence is named", lambda: one.status()["peers"][0]["reason"], 120, 0.5)
+        finally:
+            os.kill(two.pid, signal.SIGCONT)
+        assert told.startswith("its data comes, and its daemon does not answer the last "), told
+    eventually("it answers", lambda: one.status()["peers"][0]["reason"] is None, 30, 0.5)
