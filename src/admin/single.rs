@@ -85,7 +85,7 @@ pub struct Single {
 
 impl Single {
     /// Claims the network namespace and `run_dir`, which is made, mode 0755, where it is missing, and writes the pid
-    /// file. Waits [`PATIENCE`] for another daemon that is on its way out.
+    /// file. Waits a second for another daemon that is on its way out.
     pub fn claim(run_dir: &Path) -> Result<Self, SingleError> {
         let deadline = Instant::now() + PATIENCE;
         loop {
