@@ -355,6 +355,7 @@ fn a_peer_that_is_gone_is_called_silent_within_a_minute_also_in_the_middle_of_a_
         mesh.run(Duration::from_secs(30));
         let peer = seen(&mesh, 0);
         assert_eq!((peer.state, peer.reason, peer.silent), (State::Up, None, false));
+        assert_eq!(peer.loss, Some(0.0), "while it was down it could not answer");
     }
 }
 
