@@ -276,7 +276,11 @@ fn the_way_there_is_asked_for_though_data_comes() {
     let base = world.first();
     let (name, id) = (world.peers[&base].0.name.clone(), world.inbound(base));
     world.peers.get_mut(&base).expect("it is there").2 = false;
-    world.run(secs(135), |kernel, _| kernel.carry(id));
+    let sent = world.run(secs(135), |kernel, _| kernel.carry(id));
+    assert!(
+        sent.gap() <= secs(15) + LATE,
+        "none is left out once one was not answered"
+    );
     let seen = world.report(&name);
     assert!(seen.loss.expect("asked") > 0.0, "{seen:?}");
     assert!(seen.heard.expect("heard") <= 15.0, "{seen:?}");
@@ -310,8 +314,10 @@ fn a_peer_without_a_lease_is_kept_by_its_answers_and_not_by_its_data() {
     let mut world = World::new(2, EncapMode::Esp);
     let base = world.first();
     let (name, id) = (world.peers[&base].0.name.clone(), world.inbound(base));
+    let left_out = world.reconciler.node.left_out();
     world.reconciler.node.leased(&name, None, world.now);
-    world.run(secs(200), |kernel, _| kernel.carry(id));
+    world.run(secs(600), |kernel, _| kernel.carry(id));
+    assert_eq!(world.reconciler.node.left_out(), left_out);
     assert!(
         world.reconciler.node.slots().values().any(|held| *held == name),
         "it answers"
