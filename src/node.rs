@@ -42,6 +42,7 @@ mod psks;
 pub mod report;
 mod rotations;
 mod settings;
+pub mod silence;
 mod sizes;
 mod traffic;
 mod vanished;

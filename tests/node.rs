@@ -7,6 +7,7 @@ use std::time::Duration;
 use keys::Carrier;
 use ringmail::kernel::{Guard, Key, Kind};
 use ringmail::node::report::{PeerReport, State};
+use ringmail::node::silence::{Line, Silence, Silent};
 use ringmail::node::{Cause, Rotations, Traffic};
 use sim::kernel::Fault;
 use sim::make::Families;
@@ -357,6 +358,97 @@ fn a_peer_that_is_gone_is_called_silent_within_a_minute_also_in_the_middle_of_a_
         assert_eq!((peer.state, peer.reason, peer.silent), (State::Up, None, false));
         assert_eq!(peer.loss, Some(0.0), "while it was down it could not answer");
     }
+}
+
+/// What node 0 would log at its next look.
+fn news(mesh: &Mesh, silent: &mut Silent) -> Vec<Line> {
+    let process = mesh.members[0].process.as_ref().expect("it runs");
+    silent.look(&process.reconciler.node, mesh.now - process.began)
+}
+
+#[test]
+fn a_peer_that_falls_silent_is_news_once_and_again_when_it_answers_and_not_for_epochs_of_ours_in_between() {
+    let mut mesh = Mesh::settled("silence told", Families::V4, 2);
+    mesh.run(Duration::from_secs(300));
+    let (mut silent, mut lines) = (Silent::default(), Vec::new());
+    let mut run = |mesh: &mut Mesh, seconds: u64, lines: &mut Vec<Line>| {
+        for _ in 0..seconds / 10 {
+            mesh.run(Duration::from_secs(10));
+            lines.extend(news(mesh, &mut silent));
+        }
+    };
+    run(&mut mesh, 100, &mut lines);
+    assert_eq!(lines, [], "it answers");
+    mesh.stop(1);
+    run(&mut mesh, 70, &mut lines);
+    let [Line::Fallen(peer, Silence::Quiet(quiet))] = lines.as_slice() else {
+        panic!("{lines:?}");
+    };
+    assert_eq!(peer.as_str(), seen(&mesh, 0).node);
+    assert!((30..60).contains(&quiet.as_secs()), "{quiet:?}");
+    lines.clear();
+    mesh.rotate(0, Cause::Asked);
+    assert!(!seen(&mesh, 0).silent, "it is asked anew");
+    run(&mut mesh, 200, &mut lines);
+    assert!(seen(&mesh, 0).silent && lines.is_empty(), "{lines:?}");
+    mesh.start(1);
+    run(&mut mesh, 60, &mut lines);
+    let [Line::Back(peer, silent_for)] = lines.as_slice() else {
+        panic!("{lines:?}");
+    };
+    assert_eq!(peer.as_str(), seen(&mesh, 0).node);
+    assert!((270..340).contains(&silent_for.as_secs()), "{silent_for:?}");
+    lines.clear();
+    // One way alone: an epoch of ours is no answer either.
+    mesh.blocked.insert((0, 1, Carrier::Esp));
+    run(&mut mesh, 70, &mut lines);
+    assert!(
+        matches!(lines.as_slice(), [Line::Fallen(_, Silence::Unanswered(3..))]),
+        "{lines:?}"
+    );
+    lines.clear();
+    mesh.rotate(0, Cause::Asked);
+    run(&mut mesh, 100, &mut lines);
+    assert_eq!(lines, []);
+    mesh.blocked.clear();
+    run(&mut mesh, 60, &mut lines);
+    assert!(matches!(lines.as_slice(), [Line::Back(..)]), "{lines:?}");
+}
+
+#[test]
+fn many_peers_that_fall_silent_at_one_time_are_one_line_and_those_that_leave_are_none() {
+    let mut mesh = Mesh::settled("many silent", Families::V4, 6);
+    let mut silent = Silent::default();
+    assert_eq!(news(&mesh, &mut silent), []);
+    for x in 1..6 {
+        mesh.stop(x);
+    }
+    mesh.run(Duration::from_secs(70));
+    let lines = news(&mesh, &mut silent);
+    let [Line::ManyFallen(5, names)] = lines.as_slice() else {
+        panic!("{lines:?}");
+    };
+    assert_eq!(names.split(", ").count(), 5, "{names}");
+    assert_eq!(news(&mesh, &mut silent), []);
+    mesh.leave(5);
+    for x in 1..3 {
+        mesh.start(x);
+    }
+    mesh.run(Duration::from_secs(30));
+    let lines = news(&mesh, &mut silent);
+    assert!(
+        matches!(lines.as_slice(), [Line::Back(..), Line::Back(..)]),
+        "{lines:?}"
+    );
+    for x in 3..5 {
+        mesh.start(x);
+    }
+    mesh.run(Duration::from_secs(30));
+    let lines = news(&mesh, &mut silent);
+    assert!(
+        matches!(lines.as_slice(), [Line::Back(..), Line::Back(..)]),
+        "none of the one that left: {lines:?}"
+    );
 }
 
 #[test]

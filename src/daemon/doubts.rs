@@ -5,6 +5,7 @@ use std::time::Duration;
 use super::turn::Turn;
 use crate::kernel::firewall::{self, Counters};
 use crate::node::report::Doubts;
+use crate::node::silence::Silent;
 
 /// How often all peers are gone through for what is doubtful.
 const EVERY: Duration = Duration::from_secs(10);
@@ -24,10 +25,11 @@ pub struct Seen {
     pub doubts: Doubts,
 }
 
-/// When doubts are looked for next, and what is known for that.
+/// When all peers are gone through next, and what is known for that.
 #[derive(Debug, Default)]
 pub(super) struct Looks {
     due: Duration,
+    silent: Silent,
     plaintext: Plaintext,
 }
 
@@ -86,13 +88,19 @@ impl Turn {
         dropped.told(&uplink, &self.reconciler.kernel().dropped_reset())
     }
 
-    /// Says what is doubtful, where anyone listens.
+    /// Logs which peers fell silent or are heard again, and says what is doubtful, where anyone listens.
     pub(super) fn tell_doubts(&mut self) {
         let now = self.now();
         if self.doubts_due().is_none_or(|due| now < due) {
             return;
         }
         self.looks.due = now + EVERY;
+        for line in self.looks.silent.look(&self.reconciler.node, now) {
+            line.log();
+        }
+        if self.outputs.doubts.is_closed() {
+            return;
+        }
         if self.looks.plaintext.due(now) {
             let _ = self.dropped();
         }
@@ -111,7 +119,8 @@ impl Turn {
 
     /// When they are looked for next.
     pub(super) fn doubts_due(&self) -> Option<Duration> {
-        (!self.outputs.doubts.is_closed()).then_some(self.looks.due)
+        let encrypts = self.reconciler.node.plain().is_none();
+        (encrypts || !self.outputs.doubts.is_closed()).then_some(self.looks.due)
     }
 }
 

@@ -7,7 +7,6 @@ use keys::Carrier;
 use serde::{Deserialize, Serialize};
 use xfrm::{Limits, SaId};
 
-use super::probes::UNANSWERED;
 use super::psks::{self, PskReport};
 use super::{Known, Node, Peer, some};
 use crate::admission::Refusal;
@@ -16,10 +15,6 @@ use crate::epochs::{Data, Generation};
 use crate::kernel::{Counters, Key, Object, Scope, firewall};
 use crate::lease::NodeName;
 use crate::tunnel;
-
-/// For so long nothing comes from a peer with which something is to be settled only if it is silent: it is asked every few
-/// seconds.
-const QUIET: Duration = Duration::from_secs(30);
 
 /// The whole picture, as JSON shows it.
 #[derive(Clone, Debug, Deserialize, PartialEq, Serialize)]
@@ -457,53 +452,12 @@ impl Node {
         report.loss = peer.record.share();
         report.unanswered = peer.record.unanswered();
         report.full_size = peer.sizes.passes();
-        if matches!(report.state, State::Up | State::Moving)
-            && let Some(silence) = self.silence(peer, now)
-        {
+        if let Some(silence) = self.silence(peer, now) {
             report.silent = true;
-            report.reason = Some(silence);
+            report.reason = Some(silence.to_string());
         }
         if let Some(trouble) = &peer.trouble {
             report.reason = Some(trouble.clone());
-        }
-    }
-
-    /// What there is to say of a peer that data goes to and that does not answer any more.
-    fn silence(&self, peer: &Peer, now: Duration) -> Option<String> {
-        let heard = peer.heard()?;
-        let unanswered = peer.record.unanswered();
-        let seconds = now.saturating_sub(heard).as_secs();
-        let silent = || {
-            Some(format!(
-                "silent for {seconds} s: is the node up, does its daemon run, does ESP (or UDP) pass?"
-            ))
-        };
-        if !peer.pair.settled() {
-            let newest = self.own.last_key_value().map_or(Duration::ZERO, |(_, own)| own.begun);
-            // A rest may have been long; an epoch of ours that began in it asks anew.
-            let quiet = now.saturating_sub(heard.max(newest)) >= QUIET;
-            return if quiet { silent() } else { None };
-        }
-        let since = peer.record.since().filter(|_| unanswered >= UNANSWERED)?;
-        // Of two carriers the one that is asked quickly is in doubt, and the other takes its place.
-        let choosing = peer
-            .pair
-            .newest()
-            .is_some_and(|newest| self.open(peer, newest).len() > 1);
-        if choosing && now.saturating_sub(heard) < QUIET {
-            None
-        } else if peer.pair.heard() > Some(since) {
-            Some(format!(
-                "it is heard, and does not answer the last {unanswered} probes: what this node sends does not arrive there; \
-                 look for a packet filter there or on the path"
-            ))
-        } else if heard > since {
-            Some(format!(
-                "its data comes, and its daemon does not answer the last {unanswered} probes: does the daemon run, or does \
-                 what this node sends not arrive there?"
-            ))
-        } else {
-            silent()
         }
     }
 
