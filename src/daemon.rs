@@ -139,8 +139,9 @@ async fn start(flags: &Flags, manager: Manager, kept: Kept) -> Result<(), StartE
     let mut settings = settings(flags, &conf, sources::takes_advertisements(&chosen.name));
     settings.prepared = extension::prepare(settings.plain.as_ref()).await?;
     let network = conf.network;
+    let warned = conf.warnings;
     // It may hold a PSK, which is to go when another takes its place.
-    drop(conf);
+    drop(conf.backend);
     let (settings_in, settings) = watch::channel(settings);
     let (misconfigured_in, misconfigured) = watch::channel(None);
     let (failed_in, commands_failed) = watch::channel(Vec::new());
@@ -226,7 +227,7 @@ async fn start(flags: &Flags, manager: Manager, kept: Kept) -> Result<(), StartE
     tokio::spawn(sources::follow_conf(
         flags.clone(),
         store,
-        backend,
+        (backend, warned),
         settings_in,
         (keys.source, keys.sender, secrets),
         misconfigured_in,

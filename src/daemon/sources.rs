@@ -179,11 +179,11 @@ pub(super) fn advertised(
 }
 
 /// Follows the configuration and the keys: what may change does, what may not is refused with the reason, and the last
-/// good one stays in force.
+/// good one stays in force. `warned` is what the configuration of the start has been warned of.
 pub(super) async fn follow_conf(
     flags: Flags,
     store: Store,
-    mut backend: Backend,
+    (mut backend, mut warned): (Backend, Vec<String>),
     current: watch::Sender<Settings>,
     (mut source, keys, secrets): (watch::Receiver<psk::Held>, watch::Sender<psk::Held>, Option<Secrets>),
     misconfigured: watch::Sender<Option<String>>,
@@ -206,7 +206,10 @@ pub(super) async fn follow_conf(
         file = Watched::new(&flags.net_config_path);
         // As it was read last: a store that does not answer must not keep new keys from being taken.
         let stored = changes.borrow_and_update().clone();
-        let read = net_conf(&flags, stored).and_then(|conf| {
+        let read = net_conf(&flags, stored).and_then(|mut conf| {
+            for warning in fresh(&mut warned, std::mem::take(&mut conf.warnings)) {
+                warn!("{warning}");
+            }
             conf.backend.served()?;
             let advertisements = current.borrow().advertisements;
             let wanted = settings(&flags, &conf, advertisements);
@@ -249,6 +252,17 @@ pub(super) async fn follow_conf(
             differs
         });
     }
+}
+
+/// What of `now` was not warned of before; `warned` is `now` then, so that what was put right and comes back is news.
+fn fresh(warned: &mut Vec<String>, now: Vec<String>) -> Vec<String> {
+    let fresh = now
+        .iter()
+        .filter(|warning| !warned.contains(warning))
+        .cloned()
+        .collect();
+    *warned = now;
+    fresh
 }
 
 /// `wanted`, with what the operator's command prepares; not run again while the command is the same.
@@ -491,5 +505,20 @@ impl Keeper {
                 None
             }
         }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_warning_is_news_once_and_again_after_it_was_put_right() {
+        let mut warned = vec!["of the start".to_owned()];
+        let mut read = |now: &[&str]| fresh(&mut warned, now.iter().map(ToString::to_string).collect());
+        assert_eq!(read(&["of the start", "a typo"]), ["a typo"]);
+        assert!(read(&["of the start", "a typo"]).is_empty(), "it is read every 30 s");
+        assert!(read(&["of the start"]).is_empty());
+        assert_eq!(read(&["another", "a typo"]), ["another", "a typo"]);
     }
 }
