@@ -168,12 +168,24 @@ fn healthy(vitals: Result<Option<Vitals>, String>) -> (bool, String) {
     }
 }
 
-/// Whether pods have a network here, and the body's line.
+/// Whether pods have a network here, and the body's line. Without an uplink they still have one among themselves, and a
+/// node that is not ready would mend nothing.
 fn ready(vitals: Result<Option<Vitals>, String>) -> (bool, String) {
     match vitals {
         Ok(None) => (false, STARTING.into()),
-        Ok(Some(Vitals { datapath, problems, .. })) => match datapath {
-            Datapath::Works => (true, "ready: lease held, datapath in order, subnet.env written".into()),
+        Ok(Some(Vitals {
+            datapath,
+            uplink,
+            problems,
+            ..
+        })) => match datapath {
+            Datapath::Works => {
+                let but = uplink.map_or_else(String::new, |why| {
+                    format!("; but there is no uplink now, other nodes may be out of reach: {why}")
+                });
+                let ready = "ready: lease held, the node's own datapath in order, subnet.env written";
+                (true, ready.to_owned() + &but)
+            }
             Datapath::Broken(why) => (false, why),
             Datapath::Starting => (false, format!("not ready yet: {}", problems.join("; "))),
         },

@@ -36,6 +36,8 @@ pub struct Vitals {
     pub kernel: Result<(), String>,
     /// Whether pods on this node have a network.
     pub datapath: Datapath,
+    /// Why there is no uplink now, while the last one stays in use.
+    pub uplink: Option<String>,
     /// What the node lacks or what is wrong with it; nothing of single peers.
     pub problems: Vec<String>,
 }

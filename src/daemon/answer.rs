@@ -107,6 +107,7 @@ fn vitals(turn: &mut Turn) -> Vitals {
     Vitals {
         kernel,
         datapath: turn.datapath(),
+        uplink: turn.inputs.uplink.borrow().as_ref().err().map(|error| chain(error)),
         problems: lacks.into_iter().chain(problems(turn)).collect(),
     }
 }

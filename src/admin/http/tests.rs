@@ -10,6 +10,7 @@ fn vitals() -> Vitals {
     Vitals {
         kernel: Ok(()),
         datapath: Datapath::Works,
+        uplink: None,
         problems: vec!["no lease yet".into()],
     }
 }
@@ -63,7 +64,8 @@ async fn health_and_readiness_follow_the_facts_and_say_why() {
         get(good, "/healthz").await,
         (200, "the loop turns and the kernel answers\n".into())
     );
-    assert_eq!(get(good, "/readyz").await.0, 200);
+    let ready = "ready: lease held, the node's own datapath in order, subnet.env written";
+    assert_eq!(get(good, "/readyz").await, (200, format!("{ready}\n")));
     assert_eq!(get(good, "/").await.0, 404);
     let (head, _) = ask(
         good,
@@ -72,6 +74,15 @@ async fn health_and_readiness_follow_the_facts_and_say_why() {
     .await;
     assert!(head.starts_with("HTTP/1.1 405"), "{head}");
 
+    let cut_off = Vitals {
+        uplink: Some("eth0 is down".into()),
+        ..vitals()
+    };
+    let but = "; but there is no uplink now, other nodes may be out of reach: eth0 is down";
+    assert_eq!(
+        get(served(Some(cut_off)).await, "/readyz").await,
+        (200, format!("{ready}{but}\n"))
+    );
     let waiting = Vitals {
         datapath: Datapath::Starting,
         ..vitals()
