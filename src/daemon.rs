@@ -74,7 +74,7 @@ async fn start(flags: &Flags, manager: Manager, kept: Kept) -> Result<(), StartE
         warn!("{warning}");
     }
     let _single = Single::claim(&flags.run_dir).context("be this node's only daemon")?;
-    let way = http::Loop::default();
+    let (way, readings) = (http::Loop::default(), http::Readings::default());
     let per_peer = if flags.metrics_peers {
         PerPeer::Shown
     } else {
@@ -82,7 +82,7 @@ async fn start(flags: &Flags, manager: Manager, kept: Kept) -> Result<(), StartE
     };
     for address in flags.http() {
         let listener = http::bind(address).await.map_err(anyhow::Error::from)?;
-        tokio::spawn(http::serve(listener, way.clone(), per_peer));
+        tokio::spawn(http::serve(listener, way.clone(), readings.clone(), per_peer));
     }
     let chosen = flags.store().map_err(|e| wrong(e.into()))?;
     let mut flags = flags.clone();

@@ -8,6 +8,8 @@
 //! It answers from the daemon's first moment on, so that a probe does not end a daemon that waits for its store. Healthy is
 //! a daemon whose loop turns and whose kernel answers: what a restart would not mend is for `/readyz`.
 
+mod reading;
+
 use std::convert::Infallible;
 use std::net::SocketAddr;
 use std::sync::{Arc, OnceLock};
@@ -29,11 +31,12 @@ use super::Command;
 use super::metrics::{self, Host, PerPeer, Vitals};
 use crate::repeats::{self, Repeats};
 use crate::store::kube::Datapath;
+use reading::READERS;
+
+pub use reading::Readings;
 
 /// Connections served at a time; more wait in the socket's queue.
 const CLIENTS: usize = 16;
-/// Of those, so many that read metrics: each has the loop dump all SAs, and health must not wait behind many.
-const READERS: usize = 4;
 /// How long a connection may live: a request is answered in a moment.
 const CONVERSATION: Duration = Duration::from_secs(30);
 /// How long a client may take for its request's head.
@@ -65,10 +68,9 @@ pub async fn bind(address: SocketAddr) -> Result<TcpListener, HttpError> {
         .map_err(|source| HttpError { address, source })
 }
 
-/// Serves until it is dropped.
-pub async fn serve(listener: TcpListener, way: Loop, per_peer: PerPeer) {
+/// Serves until it is dropped. `readings` are shared by all listeners.
+pub async fn serve(listener: TcpListener, way: Loop, readings: Readings, per_peer: PerPeer) {
     let (slots, mut failing) = (Arc::new(Semaphore::new(CLIENTS)), Repeats::default());
-    let readers = Arc::new(Semaphore::new(READERS));
     loop {
         let slot = slots
             .clone()
@@ -86,10 +88,10 @@ pub async fn serve(listener: TcpListener, way: Loop, per_peer: PerPeer) {
                 continue;
             }
         };
-        let (way, readers) = (way.clone(), readers.clone());
+        let (way, readings) = (way.clone(), readings.clone());
         tokio::spawn(async move {
             let _slot = slot;
-            let service = service_fn(|request| answer(request, &way, &readers, per_peer));
+            let service = service_fn(|request| answer(request, &way, &readings, per_peer));
             let mut server = http1::Builder::new();
             server
                 .timer(TokioTimer::new())
@@ -108,7 +110,7 @@ pub async fn serve(listener: TcpListener, way: Loop, per_peer: PerPeer) {
 async fn answer(
     request: Request<Incoming>,
     way: &Loop,
-    readers: &Semaphore,
+    readings: &Readings,
     per_peer: PerPeer,
 ) -> Result<Response<Full<Bytes>>, Infallible> {
     if ![Method::GET, Method::HEAD].contains(request.method()) {
@@ -123,12 +125,16 @@ async fn answer(
         "/healthz" => healthy(vitals.await),
         "/readyz" => ready(vitals.await),
         "/metrics" => {
-            let Ok(_reader) = readers.try_acquire() else {
+            let way = way.clone();
+            let made = readings.text(async move {
+                let measures = ask(&way, |reply| Command::Measure { reply }).await.ok().flatten();
+                metrics::text(measures, Host::read(), per_peer)
+            });
+            let Some(made) = made.await else {
                 let why = format!("{READERS} others read metrics now: try again");
                 return Ok(text(StatusCode::SERVICE_UNAVAILABLE, &why));
             };
-            let measures = ask(way, |reply| Command::Measure { reply }).await.ok().flatten();
-            let mut response = Response::new(Full::from(metrics::text(measures, Host::read(), per_peer)));
+            let mut response = Response::new(Full::from(made));
             response
                 .headers_mut()
                 .insert(CONTENT_TYPE, HeaderValue::from_static(METRICS));

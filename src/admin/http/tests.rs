@@ -4,6 +4,7 @@ use tokio::io::{AsyncReadExt as _, AsyncWriteExt as _};
 use tokio::net::TcpStream;
 
 use super::*;
+use crate::admin::metrics::Measures;
 use crate::admin::metrics::sample::measures;
 
 fn vitals() -> Vitals {
@@ -33,7 +34,7 @@ async fn served(vitals: Option<Vitals>) -> SocketAddr {
             }
         });
     }
-    tokio::spawn(serve(listener, way, PerPeer::Hidden));
+    tokio::spawn(serve(listener, way, Readings::default(), PerPeer::Hidden));
     address
 }
 
@@ -110,7 +111,7 @@ async fn a_loop_that_has_ended_is_not_healthy() {
     let address = listener.local_addr().expect("an address");
     let way = Loop::default();
     way.set(mpsc::channel(1).0).expect("once");
-    tokio::spawn(serve(listener, way, PerPeer::Hidden));
+    tokio::spawn(serve(listener, way, Readings::default(), PerPeer::Hidden));
     for path in ["/healthz", "/readyz"] {
         assert_eq!(get(address, path).await, (503, "the daemon's loop has ended\n".into()));
     }
@@ -129,36 +130,100 @@ async fn clients_that_say_nothing_or_nonsense_do_not_keep_others_out() {
     assert_eq!(get(address, "/healthz").await.0, 200);
 }
 
-#[tokio::test]
-async fn who_reads_metrics_again_and_again_does_not_keep_health_out() {
+/// A server whose loop is the test.
+async fn asked() -> (SocketAddr, mpsc::Receiver<Command>) {
     let listener = bind("127.0.0.1:0".parse().expect("an address")).await.expect("bound");
     let address = listener.local_addr().expect("an address");
     let way = Loop::default();
-    let (commands_in, mut commands) = mpsc::channel(64);
+    let (commands_in, commands) = mpsc::channel(64);
     way.set(commands_in).expect("once");
-    tokio::spawn(serve(listener, way, PerPeer::Hidden));
-    let readers: Vec<_> = (0..CLIENTS).map(|_| tokio::spawn(get(address, "/metrics"))).collect();
-    // Those whose reading is under way wait for the loop; the others have gone with an answer.
-    let mut replies = Vec::new();
-    for _ in 0..READERS {
-        match commands.recv().await {
-            Some(Command::Measure { reply }) => replies.push(reply),
-            other => panic!("{other:?}"),
-        }
+    tokio::spawn(serve(listener, way, Readings::default(), PerPeer::Hidden));
+    (address, commands)
+}
+
+/// The next question for measures.
+async fn measure(commands: &mut mpsc::Receiver<Command>) -> oneshot::Sender<Measures> {
+    match timeout(TURN / 2, commands.recv()).await {
+        Ok(Some(Command::Measure { reply })) => reply,
+        other => panic!("{other:?} in the place of the question for measures"),
     }
+}
+
+/// A reading that can be told from others.
+fn numbered(probes: u64) -> Measures {
+    Measures { probes, ..measures() }
+}
+
+fn has(body: &str, probes: u64) -> bool {
+    body.contains(&format!("\nringmail_probes_sent_total {probes}\n"))
+}
+
+#[tokio::test]
+async fn who_reads_metrics_again_and_again_does_not_keep_health_out() {
+    let (address, mut commands) = asked().await;
+    let readers: Vec<_> = (0..CLIENTS).map(|_| tokio::spawn(get(address, "/metrics"))).collect();
+    // Some wait for the one reading; the others have gone with an answer.
+    let reply = measure(&mut commands).await;
     let health = tokio::spawn(get(address, "/healthz"));
     match timeout(TURN / 2, commands.recv()).await {
         Ok(Some(Command::Health { reply })) => drop(reply.send(vitals())),
         other => panic!("{other:?} in the place of the question for health"),
     }
     assert_eq!(health.await.expect("no panic").0, 200);
-    replies.into_iter().for_each(|reply| drop(reply.send(measures())));
+    let _ = reply.send(measures());
     let mut answers = Vec::new();
     for reader in readers {
         answers.push(reader.await.expect("no panic").0);
     }
     answers.sort_unstable();
     assert_eq!(answers, [vec![200; READERS], vec![503; CLIENTS - READERS]].concat());
+}
+
+#[tokio::test]
+async fn readers_at_one_time_and_soon_after_share_a_reading_that_took_long_and_later_ones_do_not() {
+    let (address, mut commands) = asked().await;
+    let readers: Vec<_> = (0..READERS).map(|_| tokio::spawn(get(address, "/metrics"))).collect();
+    let reply = measure(&mut commands).await;
+    // As with many peers.
+    tokio::time::sleep(Duration::from_millis(400)).await;
+    let _ = reply.send(numbered(4711));
+    for reader in readers {
+        let (status, body) = reader.await.expect("no panic");
+        assert!(status == 200 && has(&body, 4711), "{status} {body}");
+    }
+    assert!(has(&get(address, "/metrics").await.1, 4711));
+    assert!(commands.try_recv().is_err(), "the loop was asked once");
+    tokio::time::sleep(Duration::from_millis(1100)).await;
+    let later = tokio::spawn(get(address, "/metrics"));
+    let _ = measure(&mut commands).await.send(numbered(4712));
+    assert!(has(&later.await.expect("no panic").1, 4712));
+}
+
+#[tokio::test]
+async fn a_reading_that_takes_no_time_is_not_old_a_moment_later() {
+    let (address, mut commands) = asked().await;
+    for probes in [1, 2] {
+        let reader = tokio::spawn(get(address, "/metrics"));
+        let _ = measure(&mut commands).await.send(numbered(probes));
+        assert!(has(&reader.await.expect("no panic").1, probes));
+        tokio::time::sleep(Duration::from_millis(300)).await;
+    }
+}
+
+#[tokio::test]
+async fn who_asks_and_goes_away_leaves_the_reading_to_the_next() {
+    let (address, mut commands) = asked().await;
+    let mut gone = TcpStream::connect(address).await.expect("connected");
+    gone.write_all(b"GET /metrics HTTP/1.1\r\nHost: node\r\n\r\n")
+        .await
+        .expect("sent");
+    let reply = measure(&mut commands).await;
+    drop(gone);
+    let next = tokio::spawn(get(address, "/metrics"));
+    let more = timeout(Duration::from_millis(300), commands.recv()).await;
+    assert!(more.is_err(), "{more:?}");
+    let _ = reply.send(numbered(7));
+    assert!(has(&next.await.expect("no panic").1, 7));
 }
 
 #[tokio::test]
