@@ -21,9 +21,9 @@ print(answer.status, answer.read().decode())
 """
 
 
-def ask(node, path):
+def ask(node, path, at="127.0.0.1"):
     """Status and body."""
-    status, _, body = node.run(["/usr/bin/python3", "-c", ASK, f"http://{node.address()}:{PORT}{path}"]).partition(" ")
+    status, _, body = node.run(["/usr/bin/python3", "-c", ASK, f"http://{at}:{PORT}{path}"]).partition(" ")
     return int(status), body
 
 
@@ -42,12 +42,12 @@ def lab(make_lab):
 
 
 def test_health_readiness_and_metrics_follow_what_becomes_of_a_daemon(lab):
-    node, folder = lab.node(1), pathlib.Path(lab.lease_dir)
+    node, peer, folder = lab.node(1), lab.node(2), pathlib.Path(lab.lease_dir)
     conf = folder / "net-conf.json"
     good = conf.read_text()
     lab.start(f"--healthz-port={PORT}")
     lab.pods()
-    assert ask(node, "/healthz")[0] == 200
+    assert ask(node, "/healthz", node.address())[0] == 200
     status, body = ask(node, "/readyz")
     assert status == 200 and body.startswith("ready: "), body
     told = metrics(node)
@@ -56,11 +56,30 @@ def test_health_readiness_and_metrics_follow_what_becomes_of_a_daemon(lab):
     assert told['ringmail_xfrm_errors_total{reason="XfrmInNoStates"}'] >= 0
     assert told["ringmail_configuration_refused"] == 0
 
+    # The peer is gone; that is told while other things go on.
+    lines = lambda text: [line for line in node.log().splitlines() if text in line]  # noqa: E731
+    peer.ip("link set eth0 down")
+    assert not lines("silent")
+
     conf.write_text(json.dumps({**json.loads(good), "Backend": {"Type": "ipsec", "UDPEncap": "perhaps"}}))
     eventually("the edit is refused", lambda: metrics(node)["ringmail_configuration_refused"] == 1, 10, 0.2)
     assert ask(node, "/readyz")[0] == 200, "the last good one is in force"
     conf.write_text(good)
     eventually("it is taken again", lambda: metrics(node)["ringmail_configuration_refused"] == 0, 10, 0.2)
+    mistyped = json.loads(good)
+    mistyped["Backend"]["UDPEncapp"] = True
+    assert not lines("UDPEncapp")
+    conf.write_text(json.dumps(mistyped))
+    [line] = eventually("a mistyped key is warned of", lambda: lines("UDPEncapp"), 10, 0.2)
+    assert "WARN" in line and "did you mean" in line, line
+    conf.write_text(good)
+
+    # Pods of the node still reach each other.
+    node.ip("link set eth0 down")
+    eventually("the uplink's absence is told", lambda: "no uplink now" in ask(node, "/readyz")[1], 5, 0.2)
+    assert ask(node, "/readyz")[0] == 200
+    node.ip("link set eth0 up", "route replace default via 192.168.77.254 dev eth0")
+    eventually("it is back", lambda: "uplink" not in ask(node, "/readyz")[1], 5, 0.2)
 
     # Spoofed, and not ESP.
     before = metrics(node)['ringmail_plaintext_dropped_packets_total{way="arriving"}']
@@ -76,6 +95,12 @@ def test_health_readiness_and_metrics_follow_what_becomes_of_a_daemon(lab):
     assert "subnet.env" in body and ask(node, "/healthz")[0] == 200, body
     (node.directory / "subnet.env").rmdir()
     eventually("it is ready again", lambda: ask(node, "/readyz")[0] == 200, 15, 0.2)
+
+    [line] = eventually("the peer's silence is told", lambda: lines("a peer has fallen silent"), 60, 0.5)
+    assert "WARN" in line and peer.namespace in line and "is the node up" in line, line
+    peer.ip("link set eth0 up", "route replace default via 192.168.77.254 dev eth0")
+    eventually("and its return", lambda: any(peer.namespace in line for line in lines("a peer is heard again")), 30, 0.5)
+    assert len(lines("a peer has fallen silent")) == len(lines("UDPEncapp")) == 1
 
 
 def of_peer(told, name, peer, **labels):
