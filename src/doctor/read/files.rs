@@ -66,8 +66,8 @@ fn room<N>(range: &Range<N>) -> u64 {
     (u64::from(range.last) + 1).saturating_sub(range.first.into())
 }
 
-/// Whether what stands under a key may be a secret: a PSK, also under a mistyped key, or an account's, as flannel's backends
-/// of clouds have it.
+/// Whether what stands under a key may be a secret: a PSK, also under a mistyped key, an account's, as flannel's backends of
+/// clouds have it, or a command of the operator's own, which may carry one.
 fn is_secret(key: &str) -> bool {
     let key = key.to_lowercase();
     let harmless = ["pskfile", "pskgrace"].contains(&key.as_str());
@@ -80,6 +80,7 @@ fn is_secret(key: &str) -> bool {
             "credential",
             "accesskey",
             "private",
+            "command",
         ]
         .iter()
         .any(|word| key.contains(word))

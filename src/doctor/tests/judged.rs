@@ -252,6 +252,8 @@ fn what_a_configuration_keeps_secret_is_left_out_and_what_it_does_not_is_kept() 
         "AccessKeyID",
         "PrivateKey",
         "Password",
+        "PreStartupCommand",
+        "SubnetAddCommand",
     ] {
         assert!(!shown(key), "{key}");
     }
