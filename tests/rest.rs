@@ -39,6 +39,8 @@ struct World {
     own: Admitted,
     /// By base address: where it answers, and where it does not.
     peers: BTreeMap<IpAddr, (Peer, ProbeKey, bool)>,
+    /// What comes of these is counted by the kernel.
+    counted: BTreeMap<IpAddr, SaId>,
     now: Duration,
     luck: f64,
 }
@@ -97,6 +99,7 @@ impl World {
             kernel,
             own,
             peers,
+            counted: BTreeMap::new(),
             now,
             luck: 0.0,
         };
@@ -137,6 +140,10 @@ impl World {
                 }
                 let probe = Probe::parse(&question.bytes).expect("a probe");
                 let answer: [u8; LEN] = peer.say(&self.own, key, false, probe.ticket);
+                // An answer, or its kernel's word that nobody listens.
+                if let Some(id) = self.counted.get(&question.to) {
+                    self.kernel.carry(*id);
+                }
                 if *answers {
                     self.reconciler.node.probed(question.to, &answer, self.now);
                 }
@@ -147,17 +154,19 @@ impl World {
         sent
     }
 
-    /// The SA on which data of the peer with the base address comes.
-    fn inbound(&self, base: IpAddr) -> SaId {
+    /// The SA on which data of the peer with the base address comes; from now on its packets are counted.
+    fn inbound(&mut self, base: IpAddr) -> SaId {
         let peer = &self.peers[&base].0;
         let name = &peer.name;
         let report = self.report(name);
         let spi = report.spi_in.expect("it has said where its data goes");
         let spi = u32::from_str_radix(spi.trim_start_matches("0x"), 16).expect("a number");
-        SaId {
+        let id = SaId {
             dst: [192, 0, 2, 1].into(),
             spi,
-        }
+        };
+        self.counted.insert(base, id);
+        id
     }
 
     fn report(&self, name: &NodeName) -> PeerReport {
@@ -236,6 +245,7 @@ fn silence_is_named_within_half_a_minute_and_a_restart_is_none() {
     let mut world = World::new(3, EncapMode::Esp);
     let base = world.first();
     let name = world.peers[&base].0.name.clone();
+    world.inbound(base);
     for down in [11, 31] {
         world.peers.get_mut(&base).expect("it is there").2 = false;
         world.run(secs(down), |_, _| ());

@@ -46,7 +46,9 @@ impl Node {
         };
         let before = (peer.pair.data(), peer.pair.said(), peer.pair.probe());
         peer.pair.probed(probe.sent, probe.data, now);
-        peer.arrivals.probe();
+        if probe.ask {
+            peer.arrivals.probe();
+        }
         let epoch = |data| match data {
             Data::On(Generation { receiver, .. }) => Some(receiver),
             Data::Held | Data::Inherited(_) => None,
@@ -163,6 +165,7 @@ impl Node {
         let ticket = if counts { peer.record.ask(now) } else { other };
         let datagram = self.datagram(name, true, carrier, ticket)?;
         let peer = self.peers.get_mut(name)?;
+        peer.arrivals.probe();
         peer.asked.insert(carrier, (ticket, datagram.data, now));
         peer.choice.asked(carrier, ticket, now);
         Some(datagram)
@@ -279,7 +282,8 @@ impl Node {
         let Some(peer) = self.peers.get_mut(name) else { return };
         let data = peer.pair.said().map(|said| ipsec::spi(peer.slot, said, Carrier::Esp).0);
         if data == Some(spi) {
-            peer.arrivals.look(spi, packets, now);
+            let open = !peer.record.is_answered();
+            peer.arrivals.look(spi, packets, open, now);
         }
     }
 

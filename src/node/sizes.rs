@@ -65,6 +65,9 @@ impl Node {
         let Some(Round { size, ticket, small }) = round else {
             return;
         };
+        if let Some(peer) = self.peers.get_mut(name) {
+            (0..=u32::from(small.is_some())).for_each(|_| peer.arrivals.probe());
+        }
         out.extend(small.and_then(|ticket| self.datagram(name, true, on.1, ticket)));
         out.extend(self.datagram(name, true, on.1, ticket).map(|datagram| {
             let headers = if datagram.to.is_ipv4() { IPV4_UDP } else { IPV6_UDP };

@@ -15,7 +15,8 @@ pub struct Arrivals {
     spi: u32,
     /// The packets on it at the last look, modulo 2³².
     packets: u32,
-    /// How many probes have come since.
+    /// How many packets have come since, at most, that are no data: a peer's questions, and what each of ours brings, an
+    /// answer or its kernel's word that nobody is there.
     probes: u32,
     /// Whether more than probes had come by the last look since the one before.
     came: bool,
@@ -26,16 +27,17 @@ pub struct Arrivals {
 }
 
 impl Arrivals {
-    /// A probe came.
+    /// A question came, or went out.
     pub fn probe(&mut self) {
         self.probes = self.probes.saturating_add(1);
     }
 
-    /// Looks at `now` at how many `packets` the inbound SA `spi` has carried: whether more came since the last look than probes.
-    pub fn look(&mut self, spi: u32, packets: u64, now: Duration) -> bool {
+    /// Looks at `now` at how many `packets` the inbound SA `spi` has carried: whether data came since the last look. `open`:
+    /// the answer to a question is still to come.
+    pub fn look(&mut self, spi: u32, packets: u64, open: bool, now: Duration) -> bool {
         let packets = packets as u32;
         self.came = self.spi == spi && packets.wrapping_sub(self.packets) > self.probes;
-        (self.spi, self.packets, self.probes) = (spi, packets, 0);
+        (self.spi, self.packets, self.probes) = (spi, packets, open.into());
         if self.came {
             self.heard = Some(now);
         }
@@ -60,7 +62,7 @@ mod tests {
     use super::*;
 
     fn look(arrivals: &mut Arrivals, spi: u32, packets: u64) -> bool {
-        let came = arrivals.look(spi, packets, Duration::from_secs(packets));
+        let came = arrivals.look(spi, packets, false, Duration::from_secs(packets));
         assert_eq!(came, arrivals.heard() == Some(Duration::from_secs(packets)));
         came
     }
@@ -80,6 +82,12 @@ mod tests {
         assert!(!look(&mut arrivals, 8, 5000), "another SA");
         assert!(look(&mut arrivals, 8, u64::from(u32::MAX)));
         assert!(look(&mut arrivals, 8, u64::from(u32::MAX) + 1), "the count passes 2³²");
+        arrivals.probe();
+        assert!(!arrivals.look(8, 1 << 32, true, Duration::ZERO));
+        assert!(
+            !look(&mut arrivals, 8, (1 << 32) + 1),
+            "the answer was on its way at the last look"
+        );
     }
 
     #[test]
