@@ -19,7 +19,9 @@ use std::time::{Duration, SystemTime, UNIX_EPOCH};
 use xfrm::{Action, Direction, ForeignPolicy, Parsed, Xfrm};
 
 use super::facts::{Facts, NETSTAT, Policy, SNMP, Unanswered, XFRM_STAT};
+use super::pod::{NAMESPACE, Pod};
 use crate::admin::{AskError, Remembered, Request, ask};
+use crate::config::flags::Environment;
 use crate::kernel::netlink::{Netlink, Options};
 use crate::kernel::{Guard, priority, reqid_slot};
 use crate::lease::Addresses;
@@ -35,6 +37,8 @@ pub struct Look<'a> {
     pub cni_folder: &'a Path,
     /// How long counters are watched.
     pub watch: Duration,
+    /// What tells whether this is a Pod, and which.
+    pub environment: &'a Environment,
 }
 
 /// Texts below /proc, read once.
@@ -67,6 +71,7 @@ pub fn read(look: &Look<'_>) -> Result<Facts, AskError> {
         version: env!("CARGO_PKG_VERSION").into(),
         now: seconds_since_1970(),
         cni_folder: look.cni_folder.into(),
+        pod: Pod::of(look.environment, fs::read_to_string(NAMESPACE).ok().as_deref()),
         ..Facts::default()
     };
     ask_daemon(look.run_dir, &mut facts)?;

@@ -301,6 +301,11 @@ def test_a_daemon_that_hangs_or_is_gone_is_named_and_a_silent_peer_with_what_sil
     mesh.in_order(1, 2)
     one.stop()
     assert "systemctl" in named(mesh, 1, "daemon-absent")["command"]
+    # As the DaemonSet's container has it.
+    pod = ["env", "KUBERNETES_SERVICE_HOST=10.96.0.1", "POD_NAMESPACE=net", "NODE_NAME=node-x"]
+    told = one.run([*pod, program(), "doctor", "--json", "--watch", "0", "--run-dir", str(one.run_dir)], check=False).stdout
+    (absent,) = [found for found in json.loads(told)["findings"] if found["check"] == "daemon-absent"]
+    assert absent["command"].endswith("kubectl -n net delete pod -l app=flannel --field-selector spec.nodeName=node-x"), absent
     silenced = "iptables-legacy -w -{0} INPUT -p esp -j DROP; iptables-legacy -w -{0} OUTPUT -p esp -j DROP"
     two.run(silenced.format("A"))
     start(mesh, 1)
