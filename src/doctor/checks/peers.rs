@@ -3,6 +3,7 @@
 use std::collections::BTreeMap;
 
 use super::super::Severity::{Broken, Degraded, Notice};
+use super::node::encap_port;
 use super::{Facts, Finding, at_most};
 use crate::node::report::{PeerReport, State};
 
@@ -78,7 +79,7 @@ fn waiting(facts: &Facts, peer: &PeerReport, reason: &str) -> Finding {
                     .why("something on the path or at the peer drops the UDP port, or its daemon does not run")
                     .run(format!(
                         "tcpdump -ni any 'esp or udp port {}' at both ends",
-                        super::node::encap_port(facts)
+                        encap_port(facts)
                     )),
             }
         }
@@ -103,7 +104,8 @@ fn silent(facts: &Facts, peer: &PeerReport, reason: &str) -> Finding {
         format!("peer {name} has stopped answering"),
     );
     let tcpdump = format!(
-        "tcpdump -ni any 'host {address} and (esp or udp port 4500)'; the same, and ringmail doctor, on the peer"
+        "tcpdump -ni any 'host {address} and (esp or udp port {})'; the same, and ringmail doctor, on the peer",
+        encap_port(facts)
     );
     match answers {
         // What it sends comes, so it is the other way that is cut.
