@@ -8,7 +8,7 @@ use std::time::Duration;
 
 use keys::{Cipher, Encap, EncapMode, Epoch, EpochSecret, Statement};
 use ring::rand::SystemRandom;
-use ringmail::admission::publish;
+use ringmail::admission::{Refusal, publish};
 use ringmail::backend::{Plain, vxlan};
 use ringmail::doctor::{Facts, Finding, examine};
 use ringmail::kernel::encap;
@@ -113,6 +113,32 @@ fn what_is_wrong_with_psks_and_claims_has_a_finding_of_its_own() {
     let mut alone = node(&[1], None);
     offer(&mut alone, 2, 2);
     assert_eq!(names(&report(&alone).problems), ["psk"]);
+
+    let mut facts = Facts {
+        report: Some(report(&alone)),
+        ..Facts::default()
+    };
+    let found = examine(&facts);
+    let refused = found.iter().find(|one| one.check == "peer-refused");
+    let refused = refused.expect("it has no key in common");
+    assert!(refused.command.starts_with("ringmail status; "), "{refused:?}");
+    for psk in [1, 2] {
+        let kid = make::psk(psk, &make::network(Families::V4)).kid().to_string();
+        assert!(refused.evidence.contains(&kid), "{refused:?}");
+    }
+    // What is refused for another reason has to do with the leases.
+    let kid = |psk| make::psk(psk, &make::network(Families::V4)).kid();
+    let dropped = Refusal::PskDropped {
+        dropped: kid(2),
+        ours: vec![kid(1)],
+    };
+    for (reason, command) in [(dropped, "ringmail status; "), (Refusal::Silent, "ringmail leases")] {
+        facts.report.as_mut().expect("it is there").peers[0].reason = Some(reason.to_string());
+        let found = examine(&facts);
+        let refused = found.iter().find(|one| one.check == "peer-refused");
+        let refused = refused.expect("it is refused");
+        assert!(refused.command.starts_with(command), "{refused:?}");
+    }
 
     let mut needed = node(&[1], None);
     offer(&mut needed, 2, 1);
