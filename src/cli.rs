@@ -189,8 +189,8 @@ fn daemon_flags(arguments: &[OsString]) -> Option<&[OsString]> {
 }
 
 impl Verb {
-    /// Does what was asked.
-    pub fn execute(self) -> Result<Shown, Failure> {
+    /// Does what was asked, in this environment.
+    pub fn execute(self, environment: &Environment) -> Result<Shown, Failure> {
         let style = Style::of_stdout();
         match self {
             Self::Run(Everything { flags }) => Err(Failure::usage(anyhow::anyhow!(
@@ -200,7 +200,7 @@ impl Verb {
             Self::Status(arguments) => status::run(&arguments, &style),
             Self::Top(arguments) => top::run(&arguments, style),
             Self::Audit(arguments) => audit::run(&arguments, &style),
-            Self::Doctor(arguments) => doctor::run(&arguments, &style),
+            Self::Doctor(arguments) => doctor::run(&arguments, &style, environment),
             Self::Leases(arguments) => leases::run(&arguments, &style),
             Self::Rotate(arguments) => rotate::run(&arguments),
             Self::Keygen(arguments) => keygen::run(&arguments),

@@ -15,6 +15,7 @@ pub mod bundle;
 mod checks;
 pub mod facts;
 mod filter;
+pub mod pod;
 pub mod read;
 #[cfg(test)]
 pub(crate) mod tests;

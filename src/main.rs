@@ -19,7 +19,7 @@ fn start() -> Result<Shown, Failure> {
     let environment = Environment::of_process();
     match Invocation::parse(std::env::args_os(), &environment)? {
         Invocation::Run(flags) => run(&flags, &environment),
-        Invocation::Verb(verb) => verb.execute(),
+        Invocation::Verb(verb) => verb.execute(&environment),
         Invocation::Text(text) => Ok(text.into()),
         Invocation::Version => {
             eprintln!("{}", env!("CARGO_PKG_VERSION"));

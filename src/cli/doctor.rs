@@ -9,6 +9,7 @@ use serde::Serialize;
 
 use super::table::{Style, Tone, clean, count, wrap};
 use super::{Common, Failure, Shown};
+use crate::config::flags::Environment;
 use crate::doctor::read::{Look, read};
 use crate::doctor::{Finding, Severity, bundle, examine, notes};
 
@@ -50,11 +51,12 @@ struct Diagnosis<'a> {
     notes: &'a [String],
 }
 
-pub(super) fn run(arguments: &Arguments, style: &Style) -> Result<Shown, Failure> {
+pub(super) fn run(arguments: &Arguments, style: &Style, environment: &Environment) -> Result<Shown, Failure> {
     let look = Look {
         run_dir: &arguments.common.run_dir,
         cni_folder: &arguments.cni_conf_dir,
         watch: Duration::from_secs(arguments.watch),
+        environment,
     };
     let facts = read(&look).map_err(Failure::other)?;
     let (findings, notes) = (examine(&facts), notes(&facts));

@@ -537,7 +537,7 @@ fn every_verb_explains_itself_with_its_exit_codes() {
 
 fn execute(arguments: &[&str]) -> Result<Shown, Failure> {
     match parse(arguments)? {
-        Invocation::Verb(verb) => verb.execute(),
+        Invocation::Verb(verb) => verb.execute(&Environment::default()),
         other => panic!("{other:?}"),
     }
 }

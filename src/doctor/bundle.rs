@@ -132,9 +132,15 @@ fn readme(facts: &Facts) -> String {
          net-conf.json   the configuration, in the place of a PSK \"(removed)\"\n\
          \n\
          No key, PSK, Secret, password or environment variable is in it. Names and addresses of nodes are.\n\
-         The log is not in it, since it lies with the service manager. To send it too:\n\
-         journalctl -u ringmail --since -1h > ringmail.log, or kubectl -n kube-system logs POD > ringmail.log\n",
-        facts.version, facts.now, facts.watched
+         The log is not in it, since it lies with the service manager or the kubelet. To send it too:\n\
+         {} > ringmail.log\n",
+        facts.version,
+        facts.now,
+        facts.watched,
+        match &facts.pod {
+            Some(pod) => pod.log("--since=1h"),
+            None => "journalctl -u ringmail --since -1h".to_owned(),
+        }
     )
 }
 

@@ -7,6 +7,7 @@ use std::path::PathBuf;
 use ipnet::IpNet;
 use serde::{Deserialize, Serialize};
 
+use super::pod::Pod;
 use crate::admin::Leases;
 use crate::audit::Audit;
 use crate::kernel::ROUTE_PROTOCOL;
@@ -28,6 +29,9 @@ pub struct Facts {
     pub now: u64,
     /// How long counters were watched, seconds.
     pub watched: f64,
+    /// The Pod that doctor is called in; `None` outside.
+    #[serde(default)]
+    pub pod: Option<Pod>,
     /// Why no daemon answered; `None` where one did.
     pub unanswered: Option<Unanswered>,
     /// The daemon's report; `None` where there is no daemon.

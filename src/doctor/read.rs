@@ -12,6 +12,7 @@ pub(super) use files::conf;
 pub(super) use filters::read as filters_now;
 
 use std::fs;
+use std::net::IpAddr;
 use std::path::Path;
 use std::thread::sleep;
 use std::time::{Duration, SystemTime, UNIX_EPOCH};
@@ -19,11 +20,13 @@ use std::time::{Duration, SystemTime, UNIX_EPOCH};
 use xfrm::{Action, Direction, ForeignPolicy, Parsed, Xfrm};
 
 use super::facts::{Facts, NETSTAT, Policy, SNMP, Unanswered, XFRM_STAT};
+use super::pod::{NAMESPACE, Pod};
 use crate::admin::{AskError, Remembered, Request, ask};
+use crate::config::flags::Environment;
 use crate::kernel::netlink::{Netlink, Options};
 use crate::kernel::{Guard, priority, reqid_slot};
 use crate::lease::Addresses;
-use crate::node::report::State;
+use crate::node::report::{PeerReport, State};
 use crate::reconcile::chain;
 
 /// How to look.
@@ -35,6 +38,8 @@ pub struct Look<'a> {
     pub cni_folder: &'a Path,
     /// How long counters are watched.
     pub watch: Duration,
+    /// What tells whether this is a Pod, and which.
+    pub environment: &'a Environment,
 }
 
 /// Texts below /proc, read once.
@@ -67,6 +72,7 @@ pub fn read(look: &Look<'_>) -> Result<Facts, AskError> {
         version: env!("CARGO_PKG_VERSION").into(),
         now: seconds_since_1970(),
         cni_folder: look.cni_folder.into(),
+        pod: Pod::of(look.environment, fs::read_to_string(NAMESPACE).ok().as_deref()),
         ..Facts::default()
     };
     ask_daemon(look.run_dir, &mut facts)?;
@@ -84,14 +90,9 @@ pub fn read(look: &Look<'_>) -> Result<Facts, AskError> {
     filters::read(&mut facts);
     files::sockets(&mut facts);
     kernel(&mut facts);
-    let silent = facts
-        .peers()
-        .iter()
-        .filter(|peer| peer.state == State::Waiting || peer.silent);
-    let silent: Vec<_> = silent
-        .filter_map(|peer| peer.address.parse().ok())
-        .take(PEERS)
-        .collect();
+    let silent = some_of(&mut facts, "whether {} more silent peers answer ping", |peer| {
+        peer.state == State::Waiting || peer.silent
+    });
     match echo::ask(&silent) {
         Ok(echoes) => facts.echoes = echoes,
         Err(error) => facts.unread.push(format!("whether silent peers answer ping: {error}")),
@@ -104,6 +105,21 @@ pub fn read(look: &Look<'_>) -> Result<Facts, AskError> {
         facts.later_report = later.and_then(|answer| serde_json::from_value(answer).ok());
     }
     Ok(facts)
+}
+
+/// The addresses of the first peers of a kind. Of how many more there are nothing is asked, and `what` says so.
+fn some_of(facts: &mut Facts, what: &str, kind: impl Fn(&PeerReport) -> bool) -> Vec<IpAddr> {
+    let peers = facts.peers().iter().filter(|peer| kind(peer));
+    let mut addresses: Vec<IpAddr> = peers.filter_map(|peer| peer.address.parse().ok()).collect();
+    let more = addresses.len().saturating_sub(PEERS);
+    if more > 0 {
+        let what = what.replace("{}", &more.to_string());
+        facts
+            .unread
+            .push(format!("{what}, since only the first {PEERS} are asked about"));
+        addresses.truncate(PEERS);
+    }
+    addresses
 }
 
 fn seconds_since_1970() -> u64 {
@@ -252,4 +268,53 @@ fn kernel(facts: &mut Facts) {
         Err(error) => Err(chain(&error)),
     };
     facts.kernel_lacks = tried.err();
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::doctor::notes;
+    use crate::doctor::tests::healthy;
+
+    /// So many peers, at addresses of loopback.
+    fn many(count: u8) -> Facts {
+        let mut facts = Facts {
+            report: healthy().report,
+            ..Facts::default()
+        };
+        let report = facts.report.as_mut().expect("it has one");
+        let one = report.peers[0].clone();
+        report.peers = (0..count)
+            .map(|number| PeerReport {
+                address: format!("127.0.0.{number}"),
+                ..one.clone()
+            })
+            .collect();
+        facts
+    }
+
+    #[test]
+    fn what_is_not_asked_of_very_many_peers_is_said() {
+        for (count, more) in [(64, None), (65, Some(1)), (100, Some(36))] {
+            let mut facts = many(count);
+            let asked = some_of(&mut facts, "whether {} more answer", |_| true);
+            assert_eq!(asked.len(), 64);
+            let expected = more.map(|more| {
+                format!("not looked at: whether {more} more answer, since only the first 64 are asked about")
+            });
+            assert_eq!(notes(&facts), Vec::from_iter(expected));
+            let mut facts = many(count);
+            assert_eq!(some_of(&mut facts, "", |peer| peer.address == "127.0.0.9").len(), 1);
+            assert!(facts.unread.is_empty());
+        }
+    }
+
+    #[test]
+    fn the_ways_of_very_many_peers_are_not_looked_up_and_that_is_said() {
+        let mut facts = many(70);
+        net::read(&mut facts).expect("netlink answers");
+        let expected =
+            "not looked at: by which device 6 more peers are reached, since only the first 64 are asked about";
+        assert_eq!(notes(&facts), [expected]);
+    }
 }

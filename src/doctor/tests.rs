@@ -343,10 +343,16 @@ pub(crate) fn cases() -> Vec<(&'static str, Facts)> {
         with("peer-refused", &|f| {
             let peer = &mut report(f).peers[0];
             peer.state = crate::node::report::State::Refused;
-            peer.reason = Some("no common PSK: it has 0000000000000000, this node has 0011223344556677".into());
+            peer.reason = Some(
+                "no common PSK: it has 0000000000000000, this node has 0011223344556677; give both nodes the same key"
+                    .into(),
+            );
         }),
         with("peer-waiting", &|f| {
             silent(f);
+            let psk = json!({"kid": "0011223344556677", "withdrawn": false, "dropped_in": null, "have": 1, "nodes": 1,
+                "missing": [], "needed_by": []});
+            report(f).psks.push(serde_json::from_value(psk).unwrap());
             report(f).peers[0].reason =
                 Some("no common PSK with its newest epoch: give both nodes the same key".into());
         }),

@@ -301,6 +301,11 @@ def test_a_daemon_that_hangs_or_is_gone_is_named_and_a_silent_peer_with_what_sil
     mesh.in_order(1, 2)
     one.stop()
     assert "systemctl" in named(mesh, 1, "daemon-absent")["command"]
+    # As the DaemonSet's container has it.
+    pod = ["env", "KUBERNETES_SERVICE_HOST=10.96.0.1", "POD_NAMESPACE=net", "NODE_NAME=node-x"]
+    told = one.run([*pod, program(), "doctor", "--json", "--watch", "0", "--run-dir", str(one.run_dir)], check=False).stdout
+    (absent,) = [found for found in json.loads(told)["findings"] if found["check"] == "daemon-absent"]
+    assert absent["command"].endswith("kubectl -n net delete pod -l app=flannel --field-selector spec.nodeName=node-x"), absent
     silenced = "iptables-legacy -w -{0} INPUT -p esp -j DROP; iptables-legacy -w -{0} OUTPUT -p esp -j DROP"
     two.run(silenced.format("A"))
     start(mesh, 1)
@@ -316,6 +321,47 @@ def test_a_daemon_that_hangs_or_is_gone_is_named_and_a_silent_peer_with_what_sil
     two.run("iptables-legacy -w -D INPUT -s 192.168.77.1 -j DROP; " + silenced.format("D"))
     mesh.in_order(1, 2)
     clean(mesh, 1, 2)
+
+
+def test_peers_that_stop_answering_are_named_with_what_silences_each(mesh):
+    """The daemon of node 3 hangs, and is killed then; of node 2 only what goes there is dropped."""
+    two, three = mesh.lab.node(2), mesh.lab.node(3)
+    conf(mesh, EncapPort=4600)
+    start(mesh, 3)
+    mesh.in_order(1, 2, 3)
+    os.kill(three.pid, signal.SIGSTOP)
+    cut = "iptables-legacy -w -{0} INPUT -s 192.168.77.1 -p esp -j DROP"
+    two.run(cut.format("A"))
+
+    def silent(number):
+        found = [one for one in doctor(mesh, number) if one["check"] == "peer-silent"]
+        return {one["subject"]: one for one in found}
+
+    try:
+        eventually("node 1 finds both silent", lambda: silent(1).keys() == {str(two), str(three)}, 120, 1)
+        found = silent(1)
+        for peer in (two, three):
+            part = f"'host {peer.address()} and (esp or udp port 4600)'"
+            assert part in found[str(peer)]["command"], found
+        assert found[str(two)]["evidence"].startswith("it is heard, and does not answer the last "), found
+        assert "does not get what pods send" in found[str(two)]["why"], found
+        hangs = found[str(three)]
+        assert hangs["evidence"].startswith("silent for ") and "answers ping" in hangs["evidence"], found
+        assert hangs["why"].startswith("its daemon does not run "), found
+        # The other end of the way that is cut hears nothing.
+        one = str(mesh.lab.node(1))
+        eventually("node 2 finds node 1 silent", lambda: one in silent(2), 60, 1)
+        three.kill()
+        assert silent(1)[str(three)]["why"] == hangs["why"]
+        two.run(cut.format("D"))
+        start(mesh, 3)
+        mesh.in_order(1, 2, 3)
+    finally:
+        two.run(cut.format("D"), check=False)
+        leave(mesh, 3)
+        conf(mesh)
+    mesh.in_order(1, 2)
+    clean(mesh, 1, 2, timeout=60)
 
 
 def test_an_uplink_that_is_gone_is_named(mesh):

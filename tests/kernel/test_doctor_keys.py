@@ -81,6 +81,11 @@ def test_another_psk_another_family_and_numbers_of_epochs_that_have_ended_are_na
     for number in (1, 3):
         found = named(mesh, number, "peer-refused")
         assert found["evidence"].startswith("no common PSK: it has "), found
+        assert found["command"].startswith("ringmail status; the same on the peer"), found
+        # As it says: what status lists here and there is what the finding tells of.
+        for at in (1, 3):
+            (psk,) = mesh.status(at)["psks"]
+            assert psk["kid"] in found["evidence"], (psk, found)
 
     mesh.write_psk(PSK, three.psk)
     found = named(mesh, 3, "epoch-stalled")
@@ -88,6 +93,9 @@ def test_another_psk_another_family_and_numbers_of_epochs_that_have_ended_are_na
     assert found["command"] == "systemctl stop ringmail && ringmail cleanup", found
     found = named(mesh, 3, "peer-waiting")
     assert found["evidence"].startswith("no common PSK with its newest epoch"), found
+    # The key that was taken away is held for a while.
+    assert all(psk["kid"] in found["evidence"] for psk in mesh.status(3)["psks"]), found
+    assert found["command"].startswith("ringmail status; the same on the peer"), found
     named(mesh, 3, "clock-back")
     other = mesh.lease_dir / "10.244.4.0-24.json"
     with files(other):

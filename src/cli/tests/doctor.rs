@@ -2,6 +2,7 @@
 
 use super::super::doctor::render;
 use super::*;
+use crate::doctor::pod::Pod;
 use crate::doctor::{examine, notes, tests};
 
 #[test]
@@ -10,6 +11,41 @@ fn every_finding_reads_as_its_golden_file_says() {
         let text = render(&examine(&facts), &[], PLAIN);
         golden(&format!("../doctor/{name}.txt"), &text);
     }
+}
+
+/// In a container of the DaemonSet there is no systemd.
+#[test]
+fn in_a_pod_the_commands_are_kubectls() {
+    let mut differ = Vec::new();
+    for (name, mut facts) in tests::cases() {
+        let outside = examine(&facts);
+        facts.pod = Some(Pod {
+            namespace: "kube-system".into(),
+            name: None,
+            node: "node-a".into(),
+        });
+        let within = examine(&facts);
+        for finding in &within {
+            for word in ["systemctl", "journalctl", "of the service"] {
+                assert!(!finding.command.contains(word), "{finding:?}");
+            }
+        }
+        if within != outside {
+            differ.push(name);
+            golden(&format!("../doctor/{name}-pod.txt"), &render(&within, &[], PLAIN));
+        }
+    }
+    let expected = [
+        "daemon-absent",
+        "daemon-silent",
+        "epoch-stalled",
+        "problem",
+        "descriptors",
+        "subnet-env-missing",
+        "subnet-env-mtu",
+        "subnet-env-subnet",
+    ];
+    assert_eq!(differ, expected);
 }
 
 #[test]

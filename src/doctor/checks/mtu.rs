@@ -56,7 +56,7 @@ pub(super) fn subnet_env(facts: &Facts) -> Vec<Finding> {
             Finding::new(Broken, "subnet-env-missing", &file, format!("{file} is not there"))
                 .seen("the daemon holds a lease, and the file can't be read")
                 .why("the CNI plugin starts no pod without it")
-                .run(format!("ls -ld {file}; journalctl -u ringmail -n 50")),
+                .run(format!("ls -ld {file}; {}", facts.log())),
         ];
     };
     let value = |name: &str| text.lines().find_map(|line| line.strip_prefix(name)?.strip_prefix('='));
@@ -73,7 +73,7 @@ pub(super) fn subnet_env(facts: &Facts) -> Vec<Finding> {
             )
             .seen(format!("FLANNEL_MTU={told}, the mesh has {mesh}"))
             .why("pods that start now send packets of a size that does not fit; another program wrote the file")
-            .run(format!("cat {file}; systemctl restart ringmail")),
+            .run(format!("cat {file}; {}", facts.restart())),
         );
     }
     let own = facts.own();
@@ -94,7 +94,7 @@ pub(super) fn subnet_env(facts: &Facts) -> Vec<Finding> {
                 report.subnets.join(" and ")
             ))
             .why("pods that start now get addresses that no other node sends to this one")
-            .run(format!("cat {file}; systemctl restart ringmail")),
+            .run(format!("cat {file}; {}", facts.restart())),
         );
     }
     findings

@@ -15,7 +15,7 @@ pub(super) fn daemon(facts: &Facts) -> Vec<Finding> {
                 "what a daemon left in the kernel goes on and stays encrypted, but no key is changed, no peer is added \
                  and nothing is mended",
             )
-            .run("systemctl start ringmail; journalctl -u ringmail -n 50")
+            .run(facts.start())
     } else {
         Finding::new(
             Broken,
@@ -24,7 +24,7 @@ pub(super) fn daemon(facts: &Facts) -> Vec<Finding> {
             "the daemon does not answer as it should",
         )
         .why("its loop stands still, or it is of another version")
-        .run("journalctl -u ringmail -n 50; systemctl restart ringmail")
+        .run(format!("{}; {}", facts.log(), facts.restart()))
     };
     vec![finding.seen(&unanswered.why)]
 }
@@ -55,7 +55,7 @@ fn after_backtick(text: &str) -> Option<&str> {
     text.split('`').nth(1)
 }
 
-/// What the report calls a problem: which words stand for what.
+/// What the report calls a problem: which words stand for what. `LOG` in a command is what shows the daemon's.
 const PROBLEMS: [(&str, &str, Severity, &str, &str, &str); 14] = [
     (
         "no uplink",
@@ -79,7 +79,7 @@ const PROBLEMS: [(&str, &str, Severity, &str, &str, &str); 14] = [
         Degraded,
         "the store of leases is out of reach",
         "what is known stays in use; no node can join, and none learns of a new epoch of this one",
-        "ringmail leases; journalctl -u ringmail -n 50",
+        "ringmail leases; LOG",
     ),
     (
         "the PSK can't be read",
@@ -103,7 +103,7 @@ const PROBLEMS: [(&str, &str, Severity, &str, &str, &str); 14] = [
         Degraded,
         "no new epoch can begin",
         "keys grow old, and a peer that needs new ones is not served",
-        "journalctl -u ringmail -n 50",
+        "LOG",
     ),
     (
         "also claimed by",
@@ -167,7 +167,7 @@ const PROBLEMS: [(&str, &str, Severity, &str, &str, &str); 14] = [
         Degraded,
         "the daemon names a problem",
         "`ringmail status` shows it too",
-        "journalctl -u ringmail -n 50",
+        "LOG",
     ),
 ];
 
@@ -206,7 +206,12 @@ pub(super) fn problems(facts: &Facts) -> Vec<Finding> {
             ("configuration-refused" | "psk-unreadable", Some(folder)) if own.is_none() => {
                 format!("ringmail config check --lease-dir {} --psk-file FILE", folder.display())
             }
-            _ => own.unwrap_or(command).to_owned(),
+            _ => match own {
+                // The error speaks of a daemon under systemd.
+                Some(own) if own.starts_with("systemctl ") => facts.clear().unwrap_or_else(|| own.to_owned()),
+                Some(own) => own.to_owned(),
+                None => command.replace("LOG", &facts.log()),
+            },
         };
         Some(
             Finding::new(severity, check, "node", title)
@@ -382,8 +387,12 @@ pub(super) fn resources(facts: &Facts) -> Vec<Finding> {
         ))
         .why("without one the store, the socket and the PSK can't be opened")
         .run(format!(
-            "ls -l /proc/{}/fd; raise LimitNOFILE of the service",
-            process.pid
+            "ls -l /proc/{}/fd; raise LimitNOFILE of {}",
+            process.pid,
+            match facts.pod {
+                Some(_) => "the container runtime's service",
+                None => "the service",
+            }
         ))
     };
     tight.map(finding).collect()

@@ -3,6 +3,7 @@
 use std::collections::BTreeMap;
 
 use super::super::Severity::{Broken, Degraded, Notice};
+use super::node::encap_port;
 use super::{Facts, Finding, at_most};
 use crate::node::report::{PeerReport, State};
 
@@ -16,6 +17,14 @@ const HEARD: f64 = 30.0;
 /// A round trip that is long whatever the others' are, milliseconds.
 const LONG: f64 = 500.0;
 
+/// How it begins where two nodes have no key in common: of a lease, and of an epoch.
+const NO_COMMON_PSK: &str = "no common PSK";
+/// How it begins where the peer has only a key that was dropped here.
+const PSK_DROPPED: &str = "it has only PSK";
+/// What helps then. The store has nothing to tell of it.
+const COMPARE: &str =
+    "ringmail status; the same on the peer: compare the ids that PSKs lists, and give both nodes a key in common";
+
 /// Peers that data does not go to, or not as it should.
 pub(super) fn state(facts: &Facts) -> Vec<Finding> {
     at_most(facts.peers().iter().filter_map(|peer| of_state(facts, peer)).collect())
@@ -25,6 +34,12 @@ fn of_state(facts: &Facts, peer: &PeerReport) -> Option<Finding> {
     let name = &peer.node;
     let reason = peer.reason.as_deref().unwrap_or("no reason is given");
     match peer.state {
+        State::Refused if reason.starts_with(NO_COMMON_PSK) || reason.starts_with(PSK_DROPPED) => Some(
+            Finding::new(Broken, "peer-refused", name, format!("peer {name} is refused"))
+                .seen(format!("{reason} (keys by the ids that `ringmail status` shows)"))
+                .why("without a key in common its lease can't be believed, so nothing is sent to its pods")
+                .run(COMPARE),
+        ),
         State::Refused => Some(
             Finding::new(Broken, "peer-refused", name, format!("peer {name} is refused"))
                 .seen(reason)
@@ -52,6 +67,19 @@ fn of_state(facts: &Facts, peer: &PeerReport) -> Option<Finding> {
 fn waiting(facts: &Facts, peer: &PeerReport, reason: &str) -> Finding {
     let (name, address) = (&peer.node, &peer.address);
     let title = format!("nothing can be sent to peer {name}");
+    if reason.starts_with(NO_COMMON_PSK) {
+        let ids = facts.report.iter().flat_map(|report| &report.psks);
+        let ids: Vec<&str> = ids.map(|psk| psk.kid.as_str()).collect();
+        let ids = if ids.is_empty() {
+            "none".to_owned()
+        } else {
+            ids.join(" ")
+        };
+        return Finding::new(Broken, "peer-waiting", name, title)
+            .seen(format!("{reason} (the ids of this node's keys: {ids})"))
+            .why("data waits until the peer has proved that it has the keys")
+            .run(COMPARE);
+    }
     if !reason.starts_with("no probe came back") {
         return Finding::new(Broken, "peer-waiting", name, title)
             .seen(reason)
@@ -78,7 +106,7 @@ fn waiting(facts: &Facts, peer: &PeerReport, reason: &str) -> Finding {
                     .why("something on the path or at the peer drops the UDP port, or its daemon does not run")
                     .run(format!(
                         "tcpdump -ni any 'esp or udp port {}' at both ends",
-                        super::node::encap_port(facts)
+                        encap_port(facts)
                     )),
             }
         }
@@ -103,7 +131,8 @@ fn silent(facts: &Facts, peer: &PeerReport, reason: &str) -> Finding {
         format!("peer {name} has stopped answering"),
     );
     let tcpdump = format!(
-        "tcpdump -ni any 'host {address} and (esp or udp port 4500)'; the same, and ringmail doctor, on the peer"
+        "tcpdump -ni any 'host {address} and (esp or udp port {})'; the same, and ringmail doctor, on the peer",
+        encap_port(facts)
     );
     match answers {
         // What it sends comes, so it is the other way that is cut.

@@ -12,7 +12,7 @@ use netlink_packet_route::route::{RouteAddress, RouteAttribute, RouteMessage, Ro
 use netlink_packet_route::rule::{RuleAction, RuleAttribute, RuleFlags, RuleMessage};
 use rtnetlink::{Handle, IpVersion, new_connection};
 
-use super::PEERS;
+use super::some_of;
 use crate::doctor::facts::{Facts, Link, Route, Rule};
 use crate::node::report::State;
 
@@ -50,9 +50,9 @@ async fn dump(handle: &Handle, facts: &mut Facts) -> Result<(), rtnetlink::Error
             facts.rules.push(rule(&message));
         }
     }
-    let serves = |state: State| !matches!(state, State::Refused);
-    let peers = facts.peers().iter().filter(|peer| serves(peer.state));
-    let peers: Vec<IpAddr> = peers.filter_map(|peer| peer.address.parse().ok()).take(PEERS).collect();
+    let peers = some_of(facts, "by which device {} more peers are reached", |peer| {
+        peer.state != State::Refused
+    });
     for peer in peers {
         // No way to it is no finding of the way: the peer itself is named as out of reach.
         if let Ok(Some(index)) = way(handle, peer).await

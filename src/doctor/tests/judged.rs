@@ -94,6 +94,19 @@ fn a_peer_that_is_silent_is_told_of_once_and_by_what_its_address_answers() {
 }
 
 #[test]
+fn commands_for_silent_peers_name_the_port_of_the_configuration() {
+    let mut cases = cases().into_iter();
+    let (_, mut facts) = cases.find(|(name, _)| *name == "peer-silent").expect("a case");
+    let text = r#"{"Network": "10.244.0.0/16", "Backend": {"Type": "ipsec", "EncapPort": 4600}}"#;
+    facts.conf = Some(conf("net-conf.json".into(), text));
+    for heard in [4.0, 52.0] {
+        report(&mut facts).peers[0].heard = Some(heard);
+        let found = examine(&facts);
+        assert!(found[0].command.contains("(esp or udp port 4600)"), "{found:?}");
+    }
+}
+
+#[test]
 fn of_very_many_the_worst_are_shown() {
     let mut facts = healthy();
     let one = report(&mut facts).peers[0].clone();
