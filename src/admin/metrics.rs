@@ -308,7 +308,7 @@ fn mesh(families: &mut Families<'_>, report: &Report) -> fmt::Result {
         .map(|(labels, state)| (labels.as_slice(), count(state)))
         .collect();
     families.gauge("ringmail_peers", "Other nodes, by how they stand", None, &series)?;
-    let silent = report.peers.iter().filter(|peer| peer.silent).count() as f64;
+    let silent = report.peers.iter().filter(|peer| peer.silent.is_some()).count() as f64;
     let help = "Peers that data goes to and that have stopped answering probes";
     families.gauge("ringmail_silent_peers", help, None, &[(&[], silent)])?;
     let rejected = report.rejected.len() as f64;

@@ -316,7 +316,7 @@ pub(super) fn summary(peers: &[PeerReport]) -> String {
         .iter()
         .map(|(state, n)| format!("{n} {}", state.word()))
         .collect();
-    let silent = peers.iter().filter(|peer| peer.silent).count();
+    let silent = peers.iter().filter(|peer| peer.silent.is_some()).count();
     if silent > 0 {
         counts.push(format!("{silent} of them silent"));
     }
@@ -329,7 +329,7 @@ pub(super) fn summary(peers: &[PeerReport]) -> String {
 
 pub(super) fn tone(peer: &PeerReport) -> Tone {
     match peer.state {
-        State::Up | State::Moving if peer.silent => Tone::Bad,
+        State::Up | State::Moving if peer.silent.is_some() => Tone::Bad,
         State::Up | State::Plain => Tone::Good,
         State::Moving | State::Kept | State::Waiting => Tone::Doubtful,
         State::Refused => Tone::Bad,

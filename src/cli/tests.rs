@@ -116,7 +116,10 @@ fn a_silent_peer_and_a_store_that_is_away_are_not_well() {
         status::well(&report) && shown.contains("peers   1 up\n") && shown.contains("read whole\n"),
         "{shown}"
     );
-    (report.peers[0].silent, report.peers[0].reason) = (true, Some("silent for 52 s".into()));
+    (report.peers[0].silent, report.peers[0].reason) = (
+        Some(crate::node::report::Comes::Nothing),
+        Some("silent for 52 s".into()),
+    );
     let shown = status::render(&report, Style::default());
     assert!(
         !status::well(&report) && shown.contains("peers   1 up, 1 of them silent\n"),

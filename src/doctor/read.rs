@@ -91,7 +91,7 @@ pub fn read(look: &Look<'_>) -> Result<Facts, AskError> {
     files::sockets(&mut facts);
     kernel(&mut facts);
     let silent = some_of(&mut facts, "whether {} more silent peers answer ping", |peer| {
-        peer.state == State::Waiting || peer.silent
+        peer.state == State::Waiting || peer.silent.is_some()
     });
     match echo::ask(&silent) {
         Ok(echoes) => facts.echoes = echoes,

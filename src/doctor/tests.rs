@@ -375,7 +375,7 @@ pub(crate) fn cases() -> Vec<(&'static str, Facts)> {
         }),
         with("peer-silent", &|f| {
             let peer = &mut report(f).peers[0];
-            (peer.silent, peer.loss, peer.heard) = (true, Some(0.6), Some(52.0));
+            (peer.silent, peer.loss, peer.heard) = (Some(crate::node::report::Comes::Nothing), Some(0.6), Some(52.0));
             peer.reason = Some("silent for 52 s: is the node up, does its daemon run, does ESP (or UDP) pass?".into());
             f.echoes.insert("192.0.2.2".parse().unwrap(), true);
         }),

@@ -16,6 +16,18 @@ use crate::kernel::{Counters, Key, Object, Scope, firewall};
 use crate::lease::NodeName;
 use crate::tunnel;
 
+/// What comes from a peer that does not answer.
+#[derive(Clone, Copy, Debug, Deserialize, Eq, PartialEq, Serialize)]
+#[serde(rename_all = "kebab-case")]
+pub enum Comes {
+    /// Nothing.
+    Nothing,
+    /// Data, and no probe of its daemon.
+    Data,
+    /// Probes, so that it is the way there that is cut.
+    Probes,
+}
+
 /// The whole picture, as JSON shows it.
 #[derive(Clone, Debug, Deserialize, PartialEq, Serialize)]
 pub struct Report {
@@ -163,9 +175,9 @@ pub struct PeerReport {
     /// How many of those in a row, the newest ones, got none.
     #[serde(default)]
     pub unanswered: u32,
-    /// Whether data goes to it although it has stopped answering; `reason` says so too.
+    /// What still comes from it where data goes to it although it has stopped answering; `reason` says so too.
     #[serde(default)]
-    pub silent: bool,
+    pub silent: Option<Comes>,
     /// Whether a packet of the mesh MTU passes to it, or of what its path takes by its cipher and family, if that is less;
     /// `None` where that is not known yet.
     #[serde(default)]
@@ -334,7 +346,7 @@ impl Node {
             round_trip: None,
             loss: None,
             unanswered: 0,
-            silent: false,
+            silent: None,
             full_size: None,
             bytes_out: 0,
             bytes_in: 0,
@@ -363,7 +375,7 @@ impl Node {
             ));
         } else if let Some(since) = known.vanished {
             // It is let go before it counts as silent.
-            report.silent = false;
+            report.silent = None;
             report.reason = Some(format!(
                 "its lease is gone from the store for {} s, and it is served while it answers: look at the store; to \
                  let it go, stop its daemon",
@@ -453,7 +465,7 @@ impl Node {
         report.unanswered = peer.record.unanswered();
         report.full_size = peer.sizes.passes();
         if let Some(silence) = self.silence(peer, now) {
-            report.silent = true;
+            report.silent = Some(silence.comes());
             report.reason = Some(silence.to_string());
         }
         if let Some(trouble) = &peer.trouble {

@@ -5,6 +5,7 @@ use std::fmt;
 use std::time::Duration;
 
 use super::probes::UNANSWERED;
+use super::report::Comes;
 use super::{Node, Peer, some};
 use crate::epochs::Data;
 use crate::lease::NodeName;
@@ -24,6 +25,17 @@ pub enum Silence {
     Unanswered(u32),
     /// Only its data comes, and so many of the newest probes got no answer.
     DataAlone(u32),
+}
+
+impl Silence {
+    /// What still comes.
+    pub fn comes(self) -> Comes {
+        match self {
+            Self::Quiet(_) => Comes::Nothing,
+            Self::Unanswered(_) => Comes::Probes,
+            Self::DataAlone(_) => Comes::Data,
+        }
+    }
 }
 
 impl fmt::Display for Silence {

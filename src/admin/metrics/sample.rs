@@ -15,7 +15,8 @@ fn peer(node: &str, state: &str) -> serde_json::Value {
 /// A node with one peer that is up and one that is not, of which nothing is known and whose name is hostile.
 pub(crate) fn measures() -> Measures {
     let mut up = peer("node-b", "up");
-    let known = serde_json::json!({"heard": 7.5, "round_trip": 0.75, "loss": 0.25, "silent": true, "full_size": true});
+    let known =
+        serde_json::json!({"heard": 7.5, "round_trip": 0.75, "loss": 0.25, "silent": "nothing", "full_size": true});
     let known = known.as_object().cloned().expect("an object");
     up.as_object_mut().expect("an object").extend(known);
     let report: Report = serde_json::from_value(serde_json::json!({

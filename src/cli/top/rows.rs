@@ -96,7 +96,7 @@ impl Sort {
     fn value(self, peer: &PeerReport, rate: Option<Rate>) -> Option<f64> {
         match self {
             // One that is silent stands between those that are served with a doubt and those that are not.
-            Self::State => Some(f64::from(peer.state as u8) + if peer.silent { 2.5 } else { 0.0 }),
+            Self::State => Some(f64::from(peer.state as u8) + if peer.silent.is_some() { 2.5 } else { 0.0 }),
             Self::Name => None,
             Self::In => rate.map(|rate| rate.bytes_in),
             Self::Out => rate.map(|rate| rate.bytes_out),

@@ -122,7 +122,7 @@ fn a_peer_that_has_stopped_answering_is_called_silent_and_stands_above_those_tha
     let mut model = model(80, 24);
     let mut mesh = busy(3);
     for peer in &mut mesh.peers {
-        peer.silent = peer.node == "node-b";
+        peer.silent = (peer.node == "node-b").then_some(crate::node::report::Comes::Nothing);
     }
     model.update(Event::Report(Box::new(mesh)), Duration::from_secs(4));
     assert_eq!(names(&model)[..3], ["node-g", "node-f", "node-b"]);

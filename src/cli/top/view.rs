@@ -361,7 +361,7 @@ impl Column {
         };
         let per_second = |value: fn(Rate) -> f64, step| rate.map_or_else(none, |rate| short(value(rate), step));
         let text = match self {
-            Self::State if peer.silent => "silent".to_owned(),
+            Self::State if peer.silent.is_some() => "silent".to_owned(),
             Self::State => peer.state.word().to_owned(),
             Self::In => per_second(|rate| rate.bytes_in, 1024.0),
             Self::Out => per_second(|rate| rate.bytes_out, 1024.0),

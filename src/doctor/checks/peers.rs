@@ -5,15 +5,13 @@ use std::collections::BTreeMap;
 use super::super::Severity::{Broken, Degraded, Notice};
 use super::node::encap_port;
 use super::{Facts, Finding, at_most};
-use crate::node::report::{PeerReport, State};
+use crate::node::report::{Comes, PeerReport, State};
 
 /// One lost probe of the last 20 is not worth a finding.
 const LOSS: f64 = 0.05;
 /// A round trip this many times the median of all is an outlier, if it is this much longer too, milliseconds.
 const OUTLIER: f64 = 5.0;
 const LONGER: f64 = 20.0;
-/// Who was heard within so long, seconds, still sends.
-const HEARD: f64 = 30.0;
 /// A round trip that is long whatever the others' are, milliseconds.
 const LONG: f64 = 500.0;
 
@@ -58,7 +56,7 @@ fn of_state(facts: &Facts, peer: &PeerReport) -> Option<Finding> {
             .why("data goes on the keys of the process before, until a probe comes back")
             .run("ringmail status"),
         ),
-        State::Up | State::Moving | State::Plain if peer.silent => Some(silent(facts, peer, reason)),
+        State::Up | State::Moving | State::Plain if peer.silent.is_some() => Some(silent(facts, peer, reason)),
         State::Up | State::Moving | State::Plain => doubtful(peer),
     }
 }
@@ -134,25 +132,30 @@ fn silent(facts: &Facts, peer: &PeerReport, reason: &str) -> Finding {
         "tcpdump -ni any 'host {address} and (esp or udp port {})'; the same, and ringmail doctor, on the peer",
         encap_port(facts)
     );
-    match answers {
-        // What it sends comes, so it is the other way that is cut.
-        _ if peer.heard.is_some_and(|heard| heard < HEARD) => finding
+    let ping = match answers {
+        Some(true) => format!("{reason} ({address} answers ping)"),
+        Some(false) => format!("{reason} ({address} does not answer ping)"),
+        None => reason.to_owned(),
+    };
+    match (peer.silent, answers) {
+        // What its daemon sends comes, so it is the other way that is cut.
+        (Some(Comes::Probes), _) => finding
             .seen(reason)
             .why("something at the peer, or on the way there alone, drops ESP or its UDP port: it does not get what pods send")
             .run(tcpdump),
-        Some(true) => finding
-            .seen(format!("{reason} ({address} answers ping)"))
+        (Some(Comes::Data), _) | (_, Some(true)) => finding
+            .seen(ping)
             .why(
                 "its daemon does not run (what it left in its kernel still carries data, on keys that grow old), or something \
                  on the path or at the peer drops ESP or its UDP port",
             )
             .run(tcpdump),
-        Some(false) => finding
-            .seen(format!("{reason} ({address} does not answer ping)"))
+        (_, Some(false)) => finding
+            .seen(ping)
             .why("the node is down, or the network between the two does not carry packets: its pods are out of reach")
             .run(format!("ping -c 3 {address}; ip route get {address}")),
-        None => finding
-            .seen(reason)
+        (_, None) => finding
+            .seen(ping)
             .why("the node or its daemon is down, or the network between the two does not carry packets")
             .run(format!("ping -c 3 {address}; ip route get {address}")),
     }
@@ -191,31 +194,35 @@ fn doubtful(peer: &PeerReport) -> Option<Finding> {
 /// Peers whose probes are lost, and those that full packets do not reach.
 pub(super) fn loss(facts: &Facts) -> Vec<Finding> {
     // Of one that is silent another finding tells.
-    let lossy = facts.peers().iter().filter(|peer| !peer.silent).filter_map(|peer| {
-        let loss = peer.loss.filter(|loss| *loss > LOSS)?;
-        // A bad time that is over stays in the count for some minutes.
-        let answered = peer.unanswered == 0;
-        let severity = if loss >= 0.5 && !answered { Broken } else { Degraded };
-        let (name, address) = (&peer.node, &peer.address);
-        let lost = if answered {
-            "were lost within the last minutes"
-        } else {
-            "are lost"
-        };
-        Some(
-            Finding::new(severity, "loss", name, format!("packets to peer {name} {lost}"))
-                .seen(format!(
-                    "{:.0} % of the last 20 probes got no answer; the newest {}",
-                    loss * 100.0,
-                    if answered { "did" } else { "neither" }
-                ))
-                .why("the network between the two drops packets, or one end has no time for them")
-                .run(format!(
-                    "ping -i 0.2 -c 50 {address}; ip -s link show dev {}",
-                    facts.uplink().unwrap_or("UPLINK")
-                )),
-        )
-    });
+    let lossy = facts
+        .peers()
+        .iter()
+        .filter(|peer| peer.silent.is_none())
+        .filter_map(|peer| {
+            let loss = peer.loss.filter(|loss| *loss > LOSS)?;
+            // A bad time that is over stays in the count for some minutes.
+            let answered = peer.unanswered == 0;
+            let severity = if loss >= 0.5 && !answered { Broken } else { Degraded };
+            let (name, address) = (&peer.node, &peer.address);
+            let lost = if answered {
+                "were lost within the last minutes"
+            } else {
+                "are lost"
+            };
+            Some(
+                Finding::new(severity, "loss", name, format!("packets to peer {name} {lost}"))
+                    .seen(format!(
+                        "{:.0} % of the last 20 probes got no answer; the newest {}",
+                        loss * 100.0,
+                        if answered { "did" } else { "neither" }
+                    ))
+                    .why("the network between the two drops packets, or one end has no time for them")
+                    .run(format!(
+                        "ping -i 0.2 -c 50 {address}; ip -s link show dev {}",
+                        facts.uplink().unwrap_or("UPLINK")
+                    )),
+            )
+        });
     at_most(lossy.collect())
 }
 

@@ -2,6 +2,7 @@
 //! is no command.
 
 use super::*;
+use crate::node::report::Comes;
 
 #[test]
 fn what_works_beside_ringmail_is_no_finding() {
@@ -84,12 +85,14 @@ fn a_peer_that_is_silent_is_told_of_once_and_by_what_its_address_answers() {
         let found = examine(&facts);
         assert_eq!(found.len(), 1, "{found:?}");
         assert!(found[0].why.starts_with(why), "{found:?}");
-        report(&mut facts).peers[0].heard = Some(4.0);
-        let found = examine(&facts);
-        assert!(
-            found[0].why.starts_with("something at the peer, or on the way there"),
-            "{found:?}"
-        );
+        for (comes, why) in [
+            (Comes::Probes, "something at the peer, or on the way there"),
+            (Comes::Data, "its daemon does not run"),
+        ] {
+            report(&mut facts).peers[0].silent = Some(comes);
+            let found = examine(&facts);
+            assert!(found[0].why.starts_with(why), "{found:?}");
+        }
     }
 }
 
@@ -99,8 +102,8 @@ fn commands_for_silent_peers_name_the_port_of_the_configuration() {
     let (_, mut facts) = cases.find(|(name, _)| *name == "peer-silent").expect("a case");
     let text = r#"{"Network": "10.244.0.0/16", "Backend": {"Type": "ipsec", "EncapPort": 4600}}"#;
     facts.conf = Some(conf("net-conf.json".into(), text));
-    for heard in [4.0, 52.0] {
-        report(&mut facts).peers[0].heard = Some(heard);
+    for comes in [Comes::Probes, Comes::Nothing] {
+        report(&mut facts).peers[0].silent = Some(comes);
         let found = examine(&facts);
         assert!(found[0].command.contains("(esp or udp port 4600)"), "{found:?}");
     }
