@@ -131,7 +131,8 @@ fn readme(facts: &Facts) -> String {
          proc/           texts of the kernel, proc-later/ those of {:.0} s later\n\
          net-conf.json   the configuration, in the place of a PSK \"(removed)\"\n\
          \n\
-         No key, PSK, Secret, password or environment variable is in it. Names and addresses of nodes are.\n\
+         No key, PSK, Secret, password or environment variable is in it. Names and addresses of nodes are, and what a command\n\
+         of the extension backend printed when it failed: report.json has it, as `ringmail status` does.\n\
          The log is not in it, since it lies with the service manager or the kubelet. To send it too:\n\
          {} > ringmail.log\n",
         facts.version,
