@@ -165,11 +165,10 @@ impl Schedule {
 
     /// The peer answered while all is settled: the next probe is due `rest` after the last, whatever was said before.
     pub fn answered(&mut self, rest: Duration) {
-        if let Some(before) = self.rest.replace(rest).filter(|before| !before.is_zero()) {
+        if let Some(before) = self.rest.filter(|before| !before.is_zero()) {
             let wait = self.due.saturating_sub(self.since);
             self.due = self.since + wait.mul_f64(rest.div_duration_f64(before));
-        } else {
-            self.rest = None;
+            self.rest = Some(rest);
         }
     }
 

@@ -19,7 +19,7 @@ use ringmail::kernel::Objects;
 use ringmail::lease::{Completeness, NodeName};
 use ringmail::node::report::{Comes, PeerReport};
 use ringmail::node::{Datagram, Node};
-use ringmail::probe::{LEN, Probe};
+use ringmail::probe::{self, LEN, Probe};
 use ringmail::reconcile::Reconciler;
 use sim::kernel::{SimKernel, Spent};
 use sim::make::{self, Families};
@@ -216,6 +216,14 @@ fn the_more_peers_the_longer_they_rest_and_who_does_not_answer_is_asked_soon() {
         assert!((18..=40).contains(&asked.len()), "{asked:?}");
         assert!(sent.gap() <= secs(rest) + LATE);
     }
+}
+
+#[test]
+fn a_rest_is_fifteen_seconds_up_to_600_peers_and_five_minutes_at_most() {
+    let rests = [0, 1, 600, 1000, 5000, 12_000, 100_000].map(|peers| probe::rest(peers).as_secs());
+    assert_eq!(rests, [15, 15, 15, 25, 125, 300, 300]);
+    let sizes = [1, 500, 1000, 5000].map(|peers| probe::size::rest(peers).as_secs());
+    assert_eq!(sizes, [60, 60, 120, 600]);
 }
 
 #[test]

@@ -293,8 +293,9 @@ impl Node {
         if peer.schedule.due() > now {
             return;
         }
-        let asked = peer.pair.heard().is_some_and(|heard| now < heard + SILENCE / 2);
-        if peer.schedule.rests() && asked && peer.answers() && self.is_plain(name) {
+        // Its probes are heard now and then, so that its epochs are not dropped as a silent peer's are.
+        let probed = peer.pair.heard().is_some_and(|heard| now < heard + SILENCE / 2);
+        if peer.schedule.rests() && probed && peer.answers() && self.is_plain(name) {
             let rest = probe::rest(self.peers.len());
             let Some(peer) = self.peers.get_mut(name) else { return };
             if peer.arrivals.leave_out() {
